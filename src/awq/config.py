@@ -1,0 +1,147 @@
+"""What to quantize to: one frozen value, checked when it is made.
+
+`QuantConfig` travels to disk as the `quantization_config` entry of a checkpoint's `config.json`. Only the
+fields that inference engines read are written there; how the codes were searched for is told in the report
+beside the checkpoint instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from awq.errors import ConfigError
+
+Format = Literal["gemm", "float"]
+Method = Literal["awq", "rtn"]
+Rounding = Literal["auto", "nearest", "gptq"]
+StorageDtype = Literal["auto", "float16", "bfloat16"]
+
+# What each layout can hold. `float` writes the dequantized weights: a research format for any width.
+FORMAT_BITS: dict[str, tuple[int, ...]] = {"gemm": (4,), "float": (2, 3, 4, 5, 6, 7, 8)}
+
+# AutoAWQ's names for the same things, as found in its scripts and in older checkpoints.
+_AUTOAWQ_NAMES = {"w_bit": "bits", "q_group_size": "group_size", "version": "format"}
+
+
+def _choices(alias: Any) -> tuple[str, ...]:
+    return get_args(alias)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantConfig:
+    """How a model is quantized.
+
+    Args:
+        bits: width of a code. The `gemm` layout holds 4; `float` (dequantized weights) takes 2 to 8.
+        group_size: input channels that share a scale and a zero point; -1 for the whole row.
+        zero_point: asymmetric codes. The AWQ layouts know no other.
+        format: on-disk layout: `gemm` (AutoAWQ's, read by vLLM, SGLang, transformers, mlx-lm) or `float`
+            (plain weights that hold the quantized values, with no `quantization_config`).
+        modules_to_not_convert: names, or parts of names, of layers to leave as they are.
+        method: `awq` (search scales and clips) or `rtn` (plain rounding to nearest).
+        rounding: `nearest`, `gptq` (error compensation), or `auto`: the better one, block by block.
+        scale_steps: points of the scale search between no scaling and full scaling.
+        duo_scaling: also try scales that take the weights' magnitude into account.
+        clip: search a narrower range for each group.
+        dtype: of the float tensors written: `auto` keeps a 16-bit model's own and makes float32 float16.
+
+    Raises:
+        ConfigError: a value has no meaning, or values contradict one another.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    zero_point: bool = True
+    format: Format = "gemm"
+    modules_to_not_convert: tuple[str, ...] = ()
+    method: Method = "awq"
+    rounding: Rounding = "auto"
+    scale_steps: int = 20
+    duo_scaling: bool = True
+    clip: bool = True
+    dtype: StorageDtype = "auto"
+
+    def __post_init__(self) -> None:
+        for name, alias in (
+            ("format", Format),
+            ("method", Method),
+            ("rounding", Rounding),
+            ("dtype", StorageDtype),
+        ):
+            value = getattr(self, name)
+            if value not in _choices(alias):
+                raise ConfigError(f"{name}={value!r} is unknown; choose one of: {', '.join(_choices(alias))}")
+        for name in ("bits", "group_size", "scale_steps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ConfigError(f"{name} must be a whole number, not {value!r}")
+        if self.bits not in FORMAT_BITS[self.format]:
+            supported = ", ".join(map(str, FORMAT_BITS[self.format]))
+            raise ConfigError(f"bits={self.bits}: the {self.format!r} format holds {supported} bits")
+        if self.group_size != -1 and (self.group_size < 8 or self.group_size % 8):
+            raise ConfigError(
+                f"group_size={self.group_size} is not possible; use a multiple of 8 (32, 64 and 128 run on "
+                "every engine) or -1 for one group per row"
+            )
+        if not self.zero_point:
+            raise ConfigError("zero_point=False is not supported: the AWQ layouts store asymmetric codes")
+        if self.scale_steps < 1:
+            raise ConfigError(f"scale_steps={self.scale_steps} must be at least 1")
+        # Lists arrive from JSON and from callers; a frozen value holds a tuple.
+        skipped = self.modules_to_not_convert or ()
+        if isinstance(skipped, str) or not all(isinstance(name, str) for name in skipped):
+            raise ConfigError(f"modules_to_not_convert must be a list of names, not {skipped!r}")
+        object.__setattr__(self, "modules_to_not_convert", tuple(skipped))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> QuantConfig:
+        """Read our own names, AutoAWQ's (`w_bit`, `q_group_size`, `version`), or a checkpoint's entry.
+
+        Raises:
+            ConfigError: a name is unknown, or belongs to another quantization method.
+        """
+        method = values.get("quant_method", "awq")
+        if method != "awq":
+            raise ConfigError(f"quant_method={method!r} is not an AWQ checkpoint")
+        known = {field.name for field in dataclasses.fields(cls)}
+        out: dict[str, Any] = {}
+        for key, value in values.items():
+            name = _AUTOAWQ_NAMES.get(key, key)
+            if key in ("quant_method", "backend") or value is None:
+                continue
+            if name not in known:
+                raise ConfigError(
+                    f"unknown option {key!r}; known are: {', '.join(sorted(known | set(_AUTOAWQ_NAMES)))}"
+                )
+            out[name] = value.lower() if name == "format" and isinstance(value, str) else value
+        return cls(**out)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, as JSON values."""
+        return dataclasses.asdict(self) | {"modules_to_not_convert": list(self.modules_to_not_convert)}
+
+    def to_hf(self, modules_to_not_convert: list[str]) -> dict[str, Any]:
+        """The `quantization_config` entry that engines read.
+
+        Args:
+            modules_to_not_convert: full paths of every layer left as float.
+        """
+        return {
+            "quant_method": "awq",
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "zero_point": self.zero_point,
+            "version": self.format,
+            "modules_to_not_convert": modules_to_not_convert,
+        }
+
+    def groups(self, in_features: int) -> int:
+        """Groups per row of a layer with this many input channels (0 when they do not divide)."""
+        size = self.effective_group_size(in_features)
+        return in_features // size if in_features % size == 0 else 0
+
+    def effective_group_size(self, in_features: int) -> int:
+        """`group_size`, with -1 read as the whole row."""
+        return in_features if self.group_size == -1 else self.group_size

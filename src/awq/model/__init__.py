@@ -1,0 +1,22 @@
+"""What a model looks like: skeleton, weights on disk, blocks, and the folds that leave it unchanged."""
+
+from awq.model.blocks import BlockCall, DryPass, dry_pass, find_blocks, hidden_of, kind_of
+from awq.model.placement import pick_device, place
+from awq.model.skeleton import Skeleton, open_model
+from awq.model.weights import CheckpointReader, TensorInfo, read_json
+
+__all__ = [
+    "BlockCall",
+    "CheckpointReader",
+    "DryPass",
+    "Skeleton",
+    "TensorInfo",
+    "dry_pass",
+    "find_blocks",
+    "hidden_of",
+    "kind_of",
+    "open_model",
+    "pick_device",
+    "place",
+    "read_json",
+]

@@ -1,0 +1,36 @@
+"""From a name to a folder: local folders as they are, hub names through huggingface_hub's cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from awq.errors import MissingFileError
+
+# What a model consists of here; pickled and foreign weights are not fetched.
+_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*"]
+
+
+def resolve(model: str | Path, revision: str | None = None) -> Path:
+    """The folder of a model.
+
+    Args:
+        model: a folder, or `owner/name` on the hub.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        MissingFileError: no such folder, and the hub does not have it or cannot be reached.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(model)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise MissingFileError(f"{name} is neither a folder nor the name of a model on the hub (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS))
+    except Exception as error:  # the hub's client raises many kinds
+        raise MissingFileError(
+            f"{name} is no folder here, and fetching it from the hub failed: {str(error).splitlines()[0]}"
+        ) from error

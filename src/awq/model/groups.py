@@ -1,0 +1,268 @@
+"""Which layers share an input, and which producer's rows decide its channels: found by experiment.
+
+A scale can be moved from a linear layer's input channels into whatever produced them, when the producer acts
+on each channel as a plain factor: a norm's weight, the rows of a preceding linear layer seen through an
+elementwise product, an attention average, a ReLU, a repetition of heads. Instead of listing architectures,
+each candidate producer's rows are multiplied by known factors and the inputs of all linear layers are
+watched: where a channel's input changes by one constant ratio, the ratio tells which row is behind it.
+
+Rows are told apart by writing their number in base 32 and giving each digit one of 32 factors: two or three
+runs of a few tokens for thousands of rows. The probe is a batch of *single* tokens, because attention over
+one token returns its value whatever the query and key: so the value rows of any fused q/k/v layout, tied
+over query heads or not, are found by the same experiment.
+
+What this proposes is only a proposal: `awq.model.invariance` proves each fold on longer inputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Rule = Literal["factor", "one_plus"]
+
+# The factors of the 32 digits: evenly spaced in the logarithm over [1/2, 2], none of them 1.
+_LEVELS = 32
+_STEP = 4.0 ** (1 / _LEVELS)
+# A ratio is believed when it is this constant over the probe's tokens, and this close to a digit's factor.
+_CONSTANT = 1e-3
+_CLOSE = 0.25  # of the distance between neighbouring factors
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    """A producer and the layers that read what it produces.
+
+    Args:
+        producer: module name inside the block.
+        rule: `factor` multiplies the producer's weight (and bias), `one_plus` is for norms that apply 1 + w.
+        rows: int64 `[free]`, the producer's rows that may be scaled.
+        tie: int64 `[in]`, for each input channel of the consumers the index into `rows`, or -1.
+        consumers: names of the linear layers whose input channels are compensated.
+    """
+
+    producer: str
+    rule: Rule
+    rows: Tensor
+    tie: Tensor
+    consumers: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """What was found in one kind of block.
+
+    Args:
+        inputs: linear layers by shared input: `{first layer's name: all layers that read the same tensor}`.
+        folds: proposals, at most one for each input.
+    """
+
+    inputs: dict[str, tuple[str, ...]]
+    folds: tuple[Fold, ...]
+
+
+def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
+    """The block's linear layers by name, in order of definition."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+@contextmanager
+def watch_inputs(block: nn.Module, seen: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `seen(name, input)` whenever a linear layer of the block runs."""
+    with ExitStack() as stack:
+        for name, linear in linears_of(block).items():
+
+            def hook(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                seen(name, args[0] if args else kwargs["input"])
+
+            stack.callback(linear.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+def propose(block: nn.Module, run: Callable[[], Tensor], probe_run: Callable[[], Tensor]) -> Structure:
+    """Discover the structure of a block whose weights are loaded.
+
+    Args:
+        block: float32, in eval mode.
+        run: runs the block on a few longer inputs.
+        probe_run: runs it on a batch of single tokens.
+    """
+    inputs = _shared_inputs(_inputs_of(block, run))
+    before = _inputs_of(block, probe_run)
+    best: dict[str, Fold] = {}
+    for producer, module in _producers(block):
+        for fold in _read_rows(block, producer, module, inputs, before, probe_run):
+            first = fold.consumers[0]
+            if first not in best or len(fold.rows) > len(best[first].rows):
+                best[first] = fold
+    return Structure(inputs, tuple(best[name] for name in inputs if name in best))
+
+
+def _inputs_of(block: nn.Module, run: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """Input of each linear layer as `[rows, in]`; a layer that runs several times keeps its first input."""
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str, inputs: Tensor) -> None:
+        seen.setdefault(name, inputs.reshape(-1, inputs.shape[-1]))
+
+    with watch_inputs(block, note):
+        run()
+    return seen
+
+
+def _shared_inputs(seen: dict[str, Tensor]) -> dict[str, tuple[str, ...]]:
+    """Group layers whose inputs are equal, in the order in which they ran."""
+    groups: dict[str, list[str]] = {}
+    for name, tensor in seen.items():
+        for first, members in groups.items():
+            if seen[first].shape == tensor.shape and torch.equal(seen[first], tensor):
+                members.append(name)
+                break
+        else:
+            groups[name] = [name]
+    return {first: tuple(members) for first, members in groups.items()}
+
+
+def _producers(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Norm-like modules (a weight vector of their own) and linear layers."""
+    for name, module in block.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and (weight.dim() == 1 or isinstance(module, nn.Linear)):
+            yield name, module
+
+
+def _read_rows(
+    block: nn.Module,
+    producer: str,
+    module: nn.Module,
+    inputs: dict[str, tuple[str, ...]],
+    before: dict[str, Tensor],
+    run: Callable[[], Tensor],
+) -> Iterator[Fold]:
+    """Folds whose producer is `module`: for each shared input, the rows read off the changed ratios."""
+    weight = module._parameters["weight"]
+    assert weight is not None  # for the type checker: `_producers` looked
+    rules: tuple[Rule, ...] = ("factor", "one_plus") if weight.dim() == 1 else ("factor",)
+    count = weight.shape[0]
+    watched = [first for first in inputs if first in before and producer not in inputs[first]]
+    for rule in rules:
+        for subset in _subsets(weight, [before[first].shape[1] for first in watched]):
+            ties = _decode(block, module, rule, subset.to(weight.device), watched, before, run)
+            for first, tie in ties.items():
+                used = torch.unique(tie[tie >= 0])
+                back = torch.full((count,), -1, dtype=torch.long, device=tie.device)
+                back[used] = torch.arange(len(used), device=tie.device)
+                compact = torch.where(tie >= 0, back[tie.clamp_min(0)], tie)
+                yield Fold(producer, rule, used, compact, inputs[first])
+            if ties:
+                return
+
+
+def _subsets(weight: Tensor, widths: list[int]) -> Iterator[Tensor]:
+    """Sets of rows to scale together: all; and, for a layer twice as wide as an input, its likely halves.
+
+    A fused gate/up layer acts as a plain factor in its up half only, and no single token can tell the halves
+    apart.
+    """
+    count = weight.shape[0]
+    yield torch.arange(count)
+    if weight.dim() == 2 and any(count == 2 * width for width in widths):
+        half = count // 2
+        yield from (torch.arange(half, count), torch.arange(half))
+        yield from (torch.arange(1, count, 2), torch.arange(0, count, 2))
+
+
+def _decode(
+    block: nn.Module,
+    module: nn.Module,
+    rule: Rule,
+    rows: Tensor,
+    watched: list[str],
+    before: dict[str, Tensor],
+    run: Callable[[], Tensor],
+) -> dict[str, Tensor]:
+    """For each watched input whose every live channel is a factor of one row: that row, int64 `[in]`."""
+    count = int(rows.max()) + 1
+    digits = 1
+    while _LEVELS**digits < count:
+        digits += 1
+    found = {first: torch.zeros(before[first].shape[1], dtype=torch.long) for first in watched}
+    live = {first: before[first].abs().amax(0).cpu() > 0 for first in watched}
+    for position in range(digits):
+        digit = (rows // _LEVELS**position) % _LEVELS
+        factors = torch.ones(rows_of(module), device=rows.device)
+        factors[rows] = _factor(digit)
+        with scaled(module, rule, factors):
+            after = _inputs_of(block, run)
+        for first in list(found):
+            level = _levels_of(before[first], after[first]).cpu()
+            if bool((level[live[first]] < 0).any()) or not bool(live[first].any()):
+                del found[first]
+            else:
+                found[first] += level.clamp_min(0) * _LEVELS**position
+        if not found:
+            break
+    known = set(rows.tolist())
+    out = {}
+    for first, tie in found.items():
+        tie = torch.where(live[first], tie, torch.full_like(tie, -1))
+        if set(tie[tie >= 0].tolist()) <= known:
+            out[first] = _fill_dead(tie).to(rows.device)
+    return out
+
+
+def _fill_dead(tie: Tensor) -> Tensor:
+    """A channel that the probe never lit (a ReLU) gets its row where all others lie on the identity."""
+    identity = torch.arange(len(tie))
+    return identity if bool((tie[tie >= 0] == identity[tie >= 0]).all()) else tie
+
+
+def _factor(digit: Tensor) -> Tensor:
+    return torch.exp2(torch.log2(torch.tensor(_STEP)) * (digit - (_LEVELS - 1) / 2))
+
+
+def _levels_of(before: Tensor, after: Tensor) -> Tensor:
+    """The digit behind each channel's change, int64 `[in]`; -1 where the change is no factor of the code."""
+    if before.shape != after.shape:
+        return torch.full((before.shape[1],), -1)
+    before, after = before.double(), after.double()
+    energy = before.square().sum(0)
+    ratio = (before * after).sum(0) / energy.clamp_min(1e-300)
+    residual = (after - ratio * before).square().sum(0)
+    exact = torch.log2(ratio.clamp_min(1e-30)) / torch.log2(torch.tensor(_STEP)) + (_LEVELS - 1) / 2
+    level = exact.round()
+    good = (residual <= _CONSTANT**2 * energy) & ((exact - level).abs() < _CLOSE)
+    good &= (level >= 0) & (level < _LEVELS)
+    return torch.where(good, level, torch.full_like(level, -1)).long()
+
+
+@contextmanager
+def scaled(module: nn.Module, rule: Rule, factors: Tensor) -> Iterator[None]:
+    """Multiply what `module` produces, row by row, by `factors` for the time of a `with` block."""
+    kept = {name: p for name, p in module._parameters.items() if name in ("weight", "bias") and p is not None}
+    try:
+        for name, parameter in kept.items():
+            value = scale_rows(parameter.data, name, rule, factors)
+            module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        yield
+    finally:
+        module._parameters.update(kept)
+
+
+def rows_of(module: nn.Module) -> int:
+    """Rows of a producer: entries of a norm's weight, output features of a linear layer."""
+    weight = module._parameters["weight"]
+    assert weight is not None  # producers are found by their weight
+    return weight.shape[0]
+
+
+def scale_rows(value: Tensor, name: str, rule: Rule, factors: Tensor) -> Tensor:
+    """A producer's weight or bias with its rows multiplied by `factors` `[rows]`."""
+    if rule == "one_plus" and name == "weight":
+        return (value + 1) * factors - 1
+    return value * factors.view(-1, *[1] * (value.dim() - 1))

@@ -1,0 +1,104 @@
+"""The proof: a fold is right when random scales leave the block's output unchanged.
+
+Scales of up to e and down to 1/e are folded into the producer and compensated in the consumers, in float32.
+If any other consumer reads the scaled tensor (a router, a residual branch), or the producer's rule is not
+what it seemed, the output changes and the fold is dropped, by name and with the measured change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from awq.model.groups import Fold, rows_of, scale_rows, scaled
+
+# Largest change of the output, relative to its largest value, that still counts as rounding noise.
+TOLERANCE = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """A fold and how much it changed the block's output, relative to the largest value of it."""
+
+    fold: Fold
+    change: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the change is rounding noise."""
+        return self.change <= TOLERANCE
+
+
+def prove(block: nn.Module, folds: Iterable[Fold], run: Callable[[], Tensor]) -> list[Proof]:
+    """Measure each fold on its own, then all that hold together.
+
+    Args:
+        block: float32 weights in place; it is left as it was.
+        folds: proposals.
+        run: runs the block on a few inputs of several tokens and returns its output.
+    """
+    reference = run()
+    proofs = [Proof(fold, _change(block, [fold], run, reference)) for fold in folds]
+    together = [proof.fold for proof in proofs if proof.holds]
+    if len(together) > 1:
+        change = _change(block, together, run, reference)
+        # Folds that hold alone but not together cannot be told apart: all of them go.
+        if change > TOLERANCE:
+            return [dataclasses.replace(proof, change=max(proof.change, change)) for proof in proofs]
+    return proofs
+
+
+def apply(block: nn.Module, fold: Fold, scale: Tensor) -> None:
+    """Fold `scale` `[free]` into the block for good: producer rows divided, consumer columns multiplied."""
+    module = block.get_submodule(fold.producer)
+    factors = _factors(module, fold, scale)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            parameter.data = scale_rows(parameter.data, name, fold.rule, factors)
+    for consumer in fold.consumers:
+        weight = block.get_parameter(f"{consumer}.weight")
+        weight.data = weight.data * _columns(fold, scale)
+
+
+def _change(block: nn.Module, folds: list[Fold], run: Callable[[], Tensor], reference: Tensor) -> float:
+    with ExitStack() as stack:
+        for number, fold in enumerate(folds):
+            generator = torch.Generator().manual_seed(number)
+            random = torch.rand(len(fold.rows), generator=generator) * 2 - 1
+            scale = random.exp().to(fold.tie.device)
+            module = block.get_submodule(fold.producer)
+            stack.enter_context(scaled(module, fold.rule, _factors(module, fold, scale)))
+            for consumer in fold.consumers:
+                stack.enter_context(_compensated(block.get_submodule(consumer), _columns(fold, scale)))
+        changed = run()
+    largest = reference.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    change = float((changed - reference).abs().max() / largest)
+    return change if change == change else float("inf")
+
+
+@contextmanager
+def _compensated(linear: nn.Module, columns: Tensor) -> Iterator[None]:
+    """A linear layer with its columns multiplied, for the time of a `with` block."""
+    kept = linear._parameters["weight"]
+    assert kept is not None  # linear layers have one
+    linear._parameters["weight"] = nn.Parameter(kept.data * columns, requires_grad=False)
+    try:
+        yield
+    finally:
+        linear._parameters["weight"] = kept
+
+
+def _factors(module: nn.Module, fold: Fold, scale: Tensor) -> Tensor:
+    """What to multiply the producer's rows with: 1 / scale on the fold's rows, 1 elsewhere."""
+    factors = torch.ones(rows_of(module), device=scale.device)
+    factors[fold.rows] = 1 / scale
+    return factors
+
+
+def _columns(fold: Fold, scale: Tensor) -> Tensor:
+    """What to multiply the consumers' columns with."""
+    return torch.where(fold.tie >= 0, scale[fold.tie.clamp_min(0)], torch.ones_like(scale[:1]))

@@ -1,0 +1,170 @@
+"""A model without its weights: the modules on the meta device, and where each tensor lies on disk.
+
+Buffers that no checkpoint holds (rotary frequencies, scale factors) are real, since they are computed when
+the modules are made. Everything is float32 from here on: statistics and proofs are exact enough on any
+device, and no activation overflows.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from awq.errors import AlreadyQuantizedError, CorruptFileError, StructureError
+from awq.model.names import names_in_model
+from awq.model.weights import FLOAT_DTYPES, CheckpointReader, read_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Skeleton:
+    """A model folder, opened.
+
+    Args:
+        folder: the model folder.
+        config: transformers' configuration object.
+        raw_config: `config.json` as it stands.
+        model: the module tree, parameters on the meta device.
+        reader: the checkpoint's tensors.
+        keys: `{parameter or buffer name in the model: checkpoint key}`; tied names share a key.
+    """
+
+    folder: Path
+    config: Any
+    raw_config: dict[str, Any]
+    model: nn.Module
+    reader: CheckpointReader
+    keys: dict[str, str]
+
+    def load(self, module: nn.Module, prefix: str, device: torch.device) -> None:
+        """Read the weights of `module`, whose name in the model is `prefix`, as float32 on `device`."""
+        pairs = [(f"{prefix}.{path}".rstrip("."), child) for path, child in module.named_modules()]
+        self.load_modules(pairs, device)
+
+    def load_modules(self, modules: Sequence[tuple[str, nn.Module]], device: torch.device) -> None:
+        """Read the weights that these modules own themselves, not their children's.
+
+        Args:
+            modules: `(name in the model, module)`.
+            device: where the float32 weights go.
+
+        Raises:
+            StructureError: a weight is stored in a dtype that cannot be read as float.
+        """
+        wanted: dict[str, list[tuple[nn.Module, str, bool]]] = {}
+        for path, module in modules:
+            for name, _, is_parameter in _own_tensors(module):
+                key = self.keys.get(f"{path}.{name}".lstrip("."))
+                if key is not None:
+                    wanted.setdefault(key, []).append((module, name, is_parameter))
+        for key, tensor in self.reader.read(list(wanted)):
+            stored = self.reader.tensors[key].dtype
+            for module, name, is_parameter in wanted[key]:
+                if not is_parameter:
+                    module._buffers[name] = tensor.to(device)
+                    continue
+                if stored not in FLOAT_DTYPES:
+                    raise StructureError(
+                        f"{key} is stored as {stored}; convert the checkpoint to bfloat16 first"
+                    )
+                value = tensor.to(device=device, dtype=torch.float32)
+                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        for _, module in modules:
+            # Buffers that no checkpoint holds were computed with the module; they only need to move.
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
+
+    def unload(self, module: nn.Module) -> None:
+        """Send the parameters of `module` and its children to the meta device, freeing their memory."""
+        for child in module.modules():
+            self.unload_own(child)
+
+    @staticmethod
+    def unload_own(module: nn.Module) -> None:
+        """Send the parameters that `module` itself owns to the meta device."""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+def open_model(folder: Path, trust_remote_code: bool = False) -> Skeleton:
+    """Open a model folder for quantization; no weights are read.
+
+    Raises:
+        MissingFileError, CorruptFileError: the folder is no complete model.
+        AlreadyQuantizedError: its config names a quantization method.
+        StructureError: the model's tensors cannot be streamed one by one.
+    """
+    raw = read_json(folder / "config.json")
+    if "quantization_config" in raw:
+        method = raw["quantization_config"].get("quant_method", "some method")
+        raise AlreadyQuantizedError(
+            f"{folder} is quantized already ({method}); start from the original weights"
+        )
+    reader = CheckpointReader(folder)
+    config, model = _build(folder, trust_remote_code)
+    keys, converted = names_in_model(model, reader.tensors)
+    if converted:
+        raise StructureError(
+            f"{folder}: {len(converted)} tensors such as {converted[0]} are merged by transformers while it "
+            "loads (fused experts); quantizing such a model is not supported yet"
+        )
+    _tie(model, keys)
+    _check_shapes(model, reader, keys, folder)
+    return Skeleton(folder, config, raw, model, reader, keys)
+
+
+def _build(folder: Path, trust_remote_code: bool) -> tuple[Any, nn.Module]:
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise StructureError(f"transformers cannot build the model in {folder}: {error}") from error
+    model.eval()
+    return config, model
+
+
+def _tie(model: nn.Module, keys: dict[str, str]) -> None:
+    """Give tied parameters the checkpoint key of their twin, in whichever direction it was saved."""
+    for target, source in getattr(model, "all_tied_weights_keys", {}).items():
+        if target not in keys and source in keys:
+            keys[target] = keys[source]
+        elif source not in keys and target in keys:
+            keys[source] = keys[target]
+
+
+def _check_shapes(model: nn.Module, reader: CheckpointReader, keys: dict[str, str], folder: Path) -> None:
+    state = model.state_dict()
+    missing = [name for name, _ in model.named_parameters() if name not in keys]
+    if missing:
+        raise CorruptFileError(f"{folder} lacks {len(missing)} weights: {', '.join(missing[:10])}")
+    wrong = [
+        f"{keys[name]} is {reader.tensors[keys[name]].shape}, the model wants {tuple(tensor.shape)}"
+        for name, tensor in state.items()
+        if name in keys and reader.tensors[keys[name]].shape != tuple(tensor.shape)
+    ]
+    if wrong:
+        raise CorruptFileError(f"{folder}: weights and config.json disagree: {'; '.join(wrong[:5])}")
+
+
+def _own_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor, bool]]:
+    """`(name, tensor, is_parameter)` of a module's own parameters and persistent buffers."""
+    parameters = [(name, p, True) for name, p in module._parameters.items() if p is not None]
+    persistent = [
+        (name, b, False)
+        for name, b in module._buffers.items()
+        if b is not None and name not in module._non_persistent_buffers_set
+    ]
+    return parameters + persistent

@@ -1,0 +1,175 @@
+"""Lazy reads from a checkpoint on disk: one tensor at a time, from one safetensors file or many.
+
+A file is opened for each group of reads and closed again. The library maps files into memory, and mapped
+pages count as resident until they are unmapped: an open map of the whole model would break the promise that
+memory is bounded by one block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from awq.errors import CorruptFileError, MissingFileError, WeightError
+
+FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """A tensor in a checkpoint: its file, safetensors dtype name, shape, and where its bytes lie."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes on disk."""
+        return self.end - self.begin
+
+
+class CheckpointReader:
+    """The tensors of a model folder.
+
+    Args:
+        folder: a Hugging Face model folder with `model.safetensors` or an index and its shards.
+
+    Raises:
+        MissingFileError: the folder, its weights or a shard named in its index is missing.
+        CorruptFileError: a file is no safetensors file, is truncated, or lacks a tensor its index names.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = _weight_files(folder)
+        self.tensors: dict[str, TensorInfo] = {}
+        for file in self.files:
+            self.tensors.update(_read_header(folder / file))
+        self._check_index()
+
+    def _check_index(self) -> None:
+        index = self.folder / "model.safetensors.index.json"
+        if not index.exists() or len(self.files) == 1:
+            return
+        absent = sorted(set(read_json(index)["weight_map"]) - set(self.tensors))
+        if absent:
+            raise CorruptFileError(f"{index} names tensors that no shard holds: {', '.join(absent[:10])}")
+
+    def read(self, keys: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield `(key, tensor)` on the CPU in the stored dtype, each file opened once, then unmapped."""
+        by_file: dict[str, list[str]] = {}
+        for key in keys:
+            by_file.setdefault(self.tensors[key].file, []).append(key)
+        for file, names in by_file.items():
+            try:
+                with safe_open(self.folder / file, framework="pt") as handle:
+                    for name in names:
+                        # A copy: the original is a view of the map, and would keep it alive.
+                        yield name, handle.get_tensor(name).clone()
+            except (SafetensorError, OSError) as error:
+                raise CorruptFileError(f"cannot read {self.folder / file}: {error}") from error
+
+    def read_one(self, key: str) -> Tensor:
+        """One tensor on the CPU, in its stored dtype."""
+        return next(tensor for _, tensor in self.read([key]))
+
+    def check_finite(self) -> None:
+        """Read every float tensor once and look for NaN and infinity, before any work is lost.
+
+        Raises:
+            WeightError: naming the first tensors that hold one.
+        """
+        bad = []
+        for key, info in self.tensors.items():
+            if info.dtype in FLOAT_DTYPES and info.bytes:
+                low, high = torch.aminmax(self.read_one(key))
+                if not (torch.isfinite(low) and torch.isfinite(high)):
+                    bad.append(key)
+        if bad:
+            raise WeightError(
+                f"{len(bad)} tensors of {self.folder} hold NaN or infinity ({', '.join(bad[:5])}); the file "
+                "is damaged, or the model's training diverged: fetch it again"
+            )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        MissingFileError: there is no such file.
+        CorruptFileError: it does not hold a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{path} does not exist") from error
+    except (ValueError, OSError) as error:
+        raise CorruptFileError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CorruptFileError(f"{path} holds no JSON object")
+    return value
+
+
+def _weight_files(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise MissingFileError(f"{folder} is not a folder")
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single.name]
+    if index.exists():
+        mapping = read_json(index).get("weight_map")
+        if not isinstance(mapping, dict):
+            raise CorruptFileError(f"{index} has no `weight_map`")
+        files = sorted(set(mapping.values()))
+        absent = [file for file in files if not (folder / file).exists()]
+        if absent:
+            raise MissingFileError(f"{folder} lacks {', '.join(absent)}, which its index names")
+        return files
+    if any((folder / name).exists() for name in _PICKLES):
+        raise MissingFileError(
+            f"{folder} holds pickled weights only, which can run code when opened; convert them once with "
+            "transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+        )
+    raise MissingFileError(f"{folder} holds no model.safetensors and no model.safetensors.index.json")
+
+
+def _read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors a safetensors file holds, from its header, with the file's length checked against it."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise CorruptFileError(f"{path} is truncated: {size} bytes do not hold its header")
+            header = json.loads(handle.read(length))
+    except (ValueError, OSError) as error:
+        raise CorruptFileError(f"{path} is no safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    start = 8 + length
+    out = {
+        name: TensorInfo(
+            path.name,
+            entry["dtype"],
+            tuple(entry["shape"]),
+            start + entry["data_offsets"][0],
+            start + entry["data_offsets"][1],
+        )
+        for name, entry in header.items()
+    }
+    expected = max((info.end for info in out.values()), default=start)
+    if size < expected:
+        raise CorruptFileError(
+            f"{path} is truncated: {size} bytes where its header speaks of {expected}; fetch it again"
+        )
+    return out

@@ -1,0 +1,6 @@
+"""The loop over blocks, its estimate beforehand, and its memory of where it was."""
+
+from awq.pipeline.report import BlockReport, Plan, Progress, Report, Silent
+from awq.pipeline.run import quantize
+
+__all__ = ["BlockReport", "Plan", "Progress", "Report", "Silent", "quantize"]

@@ -1,0 +1,340 @@
+"""Quantize one block: statistics in, codes out, judged against plain rounding.
+
+The block's weights are float32 and in place. Nothing here knows of files or of other blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from awq.config import QuantConfig
+from awq.model.blocks import BlockCall
+from awq.model.groups import Fold, Structure, linears_of, scale_rows, watch_inputs
+from awq.model.invariance import apply
+from awq.search import (
+    Codes,
+    GramAccumulator,
+    InputStats,
+    ScaleGrid,
+    full_range,
+    gptq,
+    nearest,
+    output_error,
+    search_clip,
+    search_scale,
+)
+from awq.search.scale import expand
+
+# Widest input whose Gram matrix is kept whole (float32: 1.7 GB); wider ones are cut in equal parts.
+_WIDEST = 20480
+# Tokens on which candidates for a block are compared through the block itself.
+_JUDGED_TOKENS = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One batch at the block's door.
+
+    Args:
+        hidden: float32 `[batch, tokens, width]`.
+        call: the block's other arguments.
+        mask: bool `[batch, tokens]`, False at padding; None when there is none.
+    """
+
+    hidden: Tensor
+    call: BlockCall
+    mask: Tensor | None
+
+    def run(self, block: nn.Module, device: torch.device) -> Tensor:
+        """The block's output on `device`."""
+        return self.call.run(block, self.hidden.to(device))
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockResult:
+    """What a block became.
+
+    Args:
+        codes: the quantized layers by name inside the block.
+        chosen: `gptq`, `nearest` or `rtn`: the candidate with the smallest error at the block's output.
+        errors: mean squared error of each candidate's block output, relative to the block's own update.
+        layers: for each quantized layer its relative output error, and plain rounding's.
+        scales: how each fold's scale was found, by producer.
+        dropped_rows: input rows left out of the statistics because they were not finite.
+        approximate: layers whose statistics leave out correlations between far channels.
+    """
+
+    codes: dict[str, Codes]
+    chosen: str
+    errors: dict[str, float]
+    layers: dict[str, dict[str, float]]
+    scales: dict[str, str]
+    dropped_rows: int
+    approximate: list[str]
+
+
+def measure(
+    block: nn.Module,
+    structure: Structure,
+    layers: Sequence[str],
+    batches: Sequence[Batch],
+    device: torch.device,
+    group_size: int,
+) -> tuple[dict[str, InputStats], list[Tensor]]:
+    """Run every batch through the block once.
+
+    Returns:
+        Statistics by the first layer of each shared input that some layer in `layers` reads, and the block's
+        outputs on the devices the inputs came from.
+    """
+    linears = linears_of(block)
+    wanted = {first for first, members in structure.inputs.items() if set(members) & set(layers)}
+    sums = {
+        first: GramAccumulator(
+            linears[first].in_features, _part_width(linears[first].in_features, group_size), device
+        )
+        for first in wanted
+    }
+    outputs = []
+    for batch in batches:
+        keep = None if batch.mask is None else batch.mask.to(device)
+
+        def note(name: str, inputs: Tensor, keep: Tensor | None = keep) -> None:
+            if name in sums:
+                rows = inputs.numel() // inputs.shape[-1]
+                sums[name].add(inputs, keep if keep is not None and keep.numel() == rows else None)
+
+        with watch_inputs(block, note):
+            outputs.append(batch.run(block, device).to(batch.hidden.device))
+    return {first: total.finish() for first, total in sums.items()}, outputs
+
+
+def quantize_block(
+    block: nn.Module,
+    reload: Callable[[], None],
+    structure: Structure,
+    folds: Sequence[Fold],
+    layers: Sequence[str],
+    stats: dict[str, InputStats],
+    judge: Callable[[], float],
+    config: QuantConfig,
+    scale_dtype: torch.dtype,
+    stored_dtypes: dict[str, torch.dtype],
+) -> BlockResult:
+    """Choose scales, ranges and codes for `layers`.
+
+    The block is left with the float weights that the winning codes stand for: folded, or original when plain
+    rounding won.
+
+    Args:
+        block: float32, original weights in place.
+        reload: puts the original weights in place again.
+        structure: shared inputs.
+        folds: proven folds.
+        layers: names of the layers to quantize.
+        stats: what `measure` returned for the original weights.
+        judge: the block's relative output error as it stands.
+        config: what to quantize to.
+        scale_dtype: storage dtype of quantization scales.
+        stored_dtypes: dtype on disk of each parameter that stays float, by name in the block.
+    """
+    linears = linears_of(block)
+    first_of = {name: first for first, members in structure.inputs.items() for name in members}
+    baseline = _round(block, layers, stats, first_of, config, scale_dtype, clip=False, compensate=False)
+    layer_errors = {
+        name: {"rtn": _relative(linears[name].weight, baseline[name], stats[first_of[name]])}
+        for name in layers
+    }
+    candidates = {"rtn": baseline}
+    errors = {"rtn": _judged(block, baseline, judge)}
+    scales: dict[str, str] = {}
+    if config.method == "awq":
+        reload()
+        stats = dict(stats)
+        for fold in folds:
+            scales[fold.producer] = _fold(
+                block, fold, layers, stats, first_of, config, scale_dtype, stored_dtypes
+            )
+        folded = {name: parameter.data for name, parameter in block.named_parameters()}
+        for rounding in ("nearest", "gptq"):
+            if config.rounding in ("auto", rounding):
+                _restore(block, folded)
+                codes = _round(
+                    block, layers, stats, first_of, config, scale_dtype, config.clip, rounding == "gptq"
+                )
+                candidates[rounding] = codes
+                errors[rounding] = _judged(block, codes, judge)
+    chosen = min(errors, key=lambda name: (errors[name], name))
+    if chosen == "rtn":
+        reload()
+    else:
+        _restore(block, folded)
+        for name in layers:
+            layer_errors[name]["awq"] = _relative(
+                linears[name].weight, candidates[chosen][name], stats[first_of[name]]
+            )
+    return BlockResult(
+        candidates[chosen],
+        chosen,
+        errors,
+        layer_errors,
+        scales if chosen != "rtn" else {},
+        sum(s.dropped for s in stats.values()),
+        sorted(name for name in layers if not stats[first_of[name]].exact),
+    )
+
+
+def make_judge(
+    block: nn.Module, batches: Sequence[Batch], outputs: Sequence[Tensor], device: torch.device
+) -> Callable[[], float]:
+    """A function that tells the block's present error on some batches: |out - original|² / |original - in|².
+
+    Batches are taken evenly until a few thousand tokens are covered.
+    """
+    tokens = sum(batch.hidden.shape[0] * batch.hidden.shape[1] for batch in batches)
+    stride = max(1, tokens // _JUDGED_TOKENS)
+    chosen = list(zip(batches, outputs, strict=True))[::stride]
+
+    def judge() -> float:
+        error = update = 0.0
+        for batch, output in chosen:
+            reference, hidden = output.to(device), batch.hidden.to(device)
+            change = batch.run(block, device) - reference
+            own = reference - hidden
+            if batch.mask is not None:
+                keep = batch.mask.to(device).unsqueeze(-1)
+                change, own = change * keep, own * keep
+            error += float(change.double().square().sum())
+            update += float(own.double().square().sum())
+        relative = error / max(update, 1e-300)
+        return relative if math.isfinite(relative) else math.inf
+
+    return judge
+
+
+def _part_width(channels: int, group_size: int) -> int:
+    """Width of the parts of G: all channels where that fits, else the widest equal parts of whole groups."""
+    if channels <= _WIDEST or group_size == -1:
+        return channels
+    for parts in range(2, channels // group_size + 1):
+        width = channels // parts
+        if channels % parts == 0 and width % group_size == 0 and width <= _WIDEST:
+            return width
+    return group_size
+
+
+def _fold(
+    block: nn.Module,
+    fold: Fold,
+    layers: Sequence[str],
+    stats: dict[str, InputStats],
+    first_of: dict[str, str],
+    config: QuantConfig,
+    scale_dtype: torch.dtype,
+    stored_dtypes: dict[str, torch.dtype],
+) -> str:
+    """Search a fold's scale, fold it in, and update the statistics; returns how the scale was made."""
+    linears = linears_of(block)
+    readers = [linears[name].weight.data for name in fold.consumers if name in layers]
+    if not readers:
+        return "none of its readers is quantized"
+    first = first_of[fold.consumers[0]]
+    width = readers[0].shape[1]
+    grid = ScaleGrid(
+        config.bits, config.effective_group_size(width), scale_dtype, config.scale_steps, config.duo_scaling
+    )
+    choice = search_scale(readers, stats[first], grid, fold.tie)
+    if choice.label == "identity":
+        return choice.label
+    scale = storable(block.get_submodule(fold.producer), fold, choice.scale, stored_dtypes)
+    apply(block, fold, scale)
+    stats[first] = stats[first].divided(expand(scale, fold.tie))
+    return choice.label
+
+
+def storable(producer: nn.Module, fold: Fold, scale: Tensor, stored_dtypes: dict[str, torch.dtype]) -> Tensor:
+    """Nudge a scale so that a norm's divided weight is exactly what its storage dtype can hold.
+
+    A bfloat16 norm weight is known to one part in 256 only; unless the consumers are multiplied by what was
+    really divided, that rounding would remain as an error in every channel.
+    """
+    weight = producer._parameters["weight"]
+    assert weight is not None  # producers are found by their weight
+    dtype = stored_dtypes.get(f"{fold.producer}.weight", torch.float32)
+    if weight.dim() != 1 or dtype == torch.float32:
+        return scale
+    offset = 1.0 if fold.rule == "one_plus" else 0.0
+    old = weight.data[fold.rows]
+    new = scale_rows(old, "weight", fold.rule, 1 / scale).to(dtype).float()
+    exact = (old + offset) / (new + offset)
+    sane = torch.isfinite(exact) & ((exact / scale - 1).abs() < 0.02)
+    return torch.where(sane, exact, scale)
+
+
+def _round(
+    block: nn.Module,
+    layers: Sequence[str],
+    stats: dict[str, InputStats],
+    first_of: dict[str, str],
+    config: QuantConfig,
+    dtype: torch.dtype,
+    clip: bool,
+    compensate: bool,
+) -> dict[str, Codes]:
+    """Codes of every layer. Layers that share an input are stacked: rows are independent of one another."""
+    linears = linears_of(block)
+    out: dict[str, Codes] = {}
+    for first in dict.fromkeys(first_of[name] for name in layers):
+        members = [name for name in layers if first_of[name] == first]
+        weight = torch.cat([linears[name].weight.data for name in members])
+        size = config.effective_group_size(weight.shape[1])
+        seen = stats[first]
+        if clip and seen.tokens:
+            low, high = search_clip(weight, seen, config.bits, size, dtype)
+        else:
+            low, high = full_range(weight, size)
+        if compensate:
+            stacked = gptq(weight, seen, low, high, config.bits, dtype)
+        else:
+            stacked = nearest(weight, low, high, config.bits, dtype)
+        rows = [linears[name].out_features for name in members]
+        for name, *parts in zip(members, *(tensor.split(rows) for tensor in stacked), strict=True):
+            out[name] = Codes(*parts)
+    return out
+
+
+def _judged(block: nn.Module, codes: dict[str, Codes], judge: Callable[[], float]) -> float:
+    """The block's error with the values of `codes` in place; they stay there."""
+    for name, layer in codes.items():
+        block.get_submodule(name).weight.data = layer.values()
+    return judge()
+
+
+def _restore(block: nn.Module, values: dict[str, Tensor]) -> None:
+    for name, parameter in block.named_parameters():
+        parameter.data = values[name]
+
+
+def _relative(weight: Tensor, codes: Codes, stats: InputStats) -> float:
+    """Mean squared output error of a layer relative to its mean squared output."""
+    error = float(output_error(codes.values() - weight.data, stats).double().sum())
+    return error / max(float(output_error(weight.data, stats).double().sum()), 1e-300)
+
+
+def report_of(result: BlockResult) -> dict[str, Any]:
+    """The block's entry in the report, as JSON values."""
+    return {
+        "chosen": result.chosen,
+        "error": result.errors[result.chosen],
+        "errors": result.errors,
+        "layers": result.layers,
+        "scales": result.scales,
+        "dropped_rows": result.dropped_rows,
+        "approximate_statistics": result.approximate,
+    }

@@ -1,0 +1,89 @@
+"""The end of a run: everything that was not touched is carried over, and the folder becomes a checkpoint.
+
+`config.json` is written last: a folder without it looks unfinished to every loader.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from awq.config import QuantConfig
+from awq.errors import WeightError
+from awq.model import Skeleton
+from awq.model.weights import FLOAT_DTYPES
+from awq.pipeline.journal import Journal
+from awq.pipeline.preflight import Files
+from awq.pipeline.report import Report, write_json
+from awq.pipeline.writer import ShardWriter, disk_errors
+
+REPORT_NAME = "awq_report.json"
+# Weights in other spellings, which would contradict the quantized ones.
+_FOREIGN_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt")
+_REWRITTEN = {"config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", REPORT_NAME}
+
+
+def finish(
+    skeleton: Skeleton,
+    files: Files,
+    writer: ShardWriter,
+    journal: Journal,
+    out: Path,
+    config: QuantConfig,
+    skipped: list[str],
+    report: Report,
+) -> None:
+    """Carry over untouched tensors and files, publish the shards, and write the configuration.
+
+    Args:
+        skipped: names, as the checkpoint has them, of every linear layer left float.
+    """
+    for key in () if journal.complete else files.copies:
+        info = skeleton.reader.tensors[key]
+        tensor = skeleton.reader.read_one(key)
+        if info.dtype in FLOAT_DTYPES:
+            tensor = cast(tensor, files.dtypes[key], key)
+        writer.write([(key, tensor)])
+    journal.complete = True
+    journal.save()
+    writer.publish(out)
+    _copy_files(skeleton.folder, out)
+    write_json(out / REPORT_NAME, report.to_dict(timings=False))
+    write_json(out / "config.json", _config(skeleton, config, skipped))
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """`tensor` in its storage dtype.
+
+    Raises:
+        WeightError: a value is too large for it.
+    """
+    out = tensor.to(dtype)
+    if dtype == torch.float16 and tensor.dtype != dtype and not bool(torch.isfinite(out).all()):
+        raise WeightError(f"{name} has values that float16 cannot hold; use dtype bfloat16")
+    return out
+
+
+def _config(skeleton: Skeleton, config: QuantConfig, skipped: list[str]) -> dict[str, object]:
+    value = dict(skeleton.raw_config)
+    if config.format != "float":
+        value["quantization_config"] = config.to_hf(skipped)
+    if config.dtype != "auto":
+        value.pop("torch_dtype", None)
+        value["dtype"] = config.dtype
+    return value
+
+
+def _copy_files(folder: Path, out: Path) -> None:
+    """Copy what is no weight: tokenizer, processor, chat template, generation settings, code, licence."""
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if not path.is_file() or hidden or relative.name in _REWRITTEN or path.suffix in _FOREIGN_WEIGHTS:
+            continue
+        target = out / relative
+        with disk_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)

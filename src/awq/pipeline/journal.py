@@ -1,0 +1,185 @@
+"""What a run remembers, so that a killed one continues with the same command and gives the same bytes.
+
+Inside the output folder lies a working folder: the shards being filled, the hidden states that enter the next
+block, and `journal.json` with the settings and the blocks done. Order of events for a block: its tensors are
+flushed, then the hidden states behind it are saved under a new name, then the journal is replaced. A kill
+between any two leaves a journal that speaks of files that are whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import IO, Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from awq.errors import CheckpointError, OutputError, OutputExistsError, ResumeError
+from awq.model import CheckpointReader, read_json
+from awq.pipeline.writer import disk_errors, write_json
+
+WORK_FOLDER = ".awq-unfinished"
+# Bytes read at each of the places where a weight file is sampled to recognise it.
+_SAMPLE, _PLACES = 1 << 16, 16
+
+
+@dataclasses.dataclass
+class Journal:
+    """The memory of a run.
+
+    Args:
+        work: the working folder.
+        settings: everything that decides the bytes of the result.
+        blocks: reports of the blocks done, in order.
+        batch_tokens: tokens of a batch, which decides how sums are rounded.
+        blocks: reports of the blocks done, in order.
+        complete: every tensor is written; what remains is to give the files their names.
+    """
+
+    work: Path
+    settings: dict[str, Any]
+    batch_tokens: int
+    blocks: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    complete: bool = False
+
+    @property
+    def resumed(self) -> bool:
+        """Whether blocks were done by an earlier run."""
+        return bool(self.blocks)
+
+    def save(self) -> None:
+        """Replace the journal on disk."""
+        value = {field: getattr(self, field) for field in ("settings", "batch_tokens", "blocks", "complete")}
+        write_json(self.work / "journal.json", value)
+
+    def finish_block(self, report: dict[str, Any], hidden: list[Tensor]) -> None:
+        """Note a block whose tensors are on disk, and the hidden states behind it."""
+        done = len(self.blocks) + 1
+        path = self._hidden(done)
+        temporary = path.with_suffix(".tmp")
+        with disk_errors(path):
+            save_file({f"{i:06d}": tensor.cpu().contiguous() for i, tensor in enumerate(hidden)}, temporary)
+            os.replace(temporary, path)
+        self.blocks.append(report)
+        self.save()
+        self._hidden(done - 1).unlink(missing_ok=True)
+
+    def hidden(self) -> list[Tensor]:
+        """The hidden states behind the last block done, batch by batch, on the CPU.
+
+        Raises:
+            ResumeError: their file is gone or damaged.
+        """
+        path = self._hidden(len(self.blocks))
+        try:
+            tensors = load_file(path)
+        except Exception as error:
+            raise ResumeError(f"{path} cannot be read ({error}); start over with overwrite") from error
+        return [tensors[name] for name in sorted(tensors)]
+
+    def _hidden(self, block: int) -> Path:
+        return self.work / f"hidden-{block:05d}.safetensors"
+
+
+def open_journal(out: Path, settings: dict[str, Any], batch_tokens: int, overwrite: bool) -> Journal:
+    """Start a run in `out`, or continue the one that was interrupted there.
+
+    Raises:
+        OutputExistsError, ResumeError: see `check_output`.
+    """
+    unfinished = check_output(out, settings, overwrite)
+    if unfinished is not None:
+        return unfinished
+    work = out / WORK_FOLDER
+    with disk_errors(work):
+        if work.exists():
+            shutil.rmtree(work)
+        for path in out.iterdir() if out.exists() else ():
+            _remove_result(path)
+        work.mkdir(parents=True, exist_ok=True)
+    journal = Journal(work, settings, batch_tokens)
+    journal.save()
+    return journal
+
+
+def check_output(out: Path, settings: dict[str, Any], overwrite: bool) -> Journal | None:
+    """The unfinished work in `out` that these settings continue, or None when the folder may be filled anew.
+
+    Raises:
+        OutputExistsError: the folder holds a finished checkpoint or foreign files.
+        ResumeError: it holds unfinished work made with other settings; the message lists them.
+    """
+    if overwrite:
+        return None
+    if (out / WORK_FOLDER / "journal.json").exists():
+        return _continue(out / WORK_FOLDER, settings)
+    if out.exists() and not out.is_dir():
+        raise OutputExistsError(f"{out} is a file; give the name of a folder")
+    foreign = sorted(p.name for p in out.iterdir() if p.name != WORK_FOLDER) if out.exists() else []
+    if foreign:
+        what = "a finished checkpoint" if "config.json" in foreign else f"other files ({foreign[0]}, …)"
+        raise OutputExistsError(f"{out} holds {what}; choose another folder, or overwrite it on purpose")
+    return None
+
+
+def _remove_result(path: Path) -> None:
+    """Overwriting removes what a checkpoint consists of, and leaves everything else alone."""
+    if path.is_file() and (path.suffix == ".safetensors" or path.name.endswith(".json")):
+        path.unlink()
+
+
+def _continue(work: Path, settings: dict[str, Any]) -> Journal:
+    try:
+        saved = read_json(work / "journal.json")
+    except CheckpointError as error:
+        raise ResumeError(f"the journal of unfinished work is unreadable: {error}") from error
+    theirs = saved.get("settings", {})
+    differing = sorted(
+        f"{key}: {theirs.get(key)!r} there, {settings.get(key)!r} now"
+        for key in set(theirs) | set(settings)
+        if theirs.get(key) != settings.get(key)
+    )
+    if differing:
+        raise ResumeError(
+            f"{work.parent} holds unfinished work made with other settings ({'; '.join(differing)}); "
+            "repeat the earlier command to finish it, choose another folder, or overwrite it on purpose"
+        )
+    return Journal(work, settings, saved["batch_tokens"], saved["blocks"], saved["complete"])
+
+
+def lock(work: Path) -> IO[str]:
+    """Hold the working folder for this process; keep the returned file open as long.
+
+    Raises:
+        OutputError: another process holds it.
+    """
+    handle = (work / "lock").open("w")
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass  # no such locks on this system
+    except OSError as error:
+        handle.close()
+        raise OutputError(f"another process is writing to {work.parent}") from error
+    return handle
+
+
+def recognise(reader: CheckpointReader) -> dict[str, str]:
+    """A short hash of each weight file: its length and samples of its bytes, evenly spread."""
+    out = {}
+    for name in reader.files:
+        path = reader.folder / name
+        size = path.stat().st_size
+        digest = hashlib.sha256(str(size).encode())
+        with path.open("rb") as handle:
+            for place in range(_PLACES):
+                handle.seek(max(0, size - _SAMPLE) * place // (_PLACES - 1))
+                digest.update(handle.read(_SAMPLE))
+        out[name] = digest.hexdigest()[:16]
+    return out

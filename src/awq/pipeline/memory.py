@@ -1,0 +1,39 @@
+"""How much memory there is, how much was used, and how many tokens fit a batch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from awq.model.groups import linears_of
+
+# On the CPU larger batches gain nothing: the products are large enough, and activations cost memory.
+_CPU_BATCH_TOKENS = 4096
+_MOST_BATCH_TOKENS = 65536
+
+
+def batch_tokens_for(device: torch.device, blocks: Sequence[nn.Module]) -> int:
+    """Tokens of a batch: a quarter of an accelerator's free memory, at float32 and two copies each."""
+    if device.type != "cuda":
+        return _CPU_BATCH_TOKENS
+    free, _ = torch.cuda.mem_get_info(device)
+    per_token = max(
+        sum(linear.in_features + linear.out_features for linear in linears_of(block).values())
+        for block in blocks
+    )
+    return max(512, min(_MOST_BATCH_TOKENS, free // 4 // (8 * per_token)))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the peak: of the accelerator's allocator, or of this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,255 @@
+"""What will be done, known before anything is: layers, files, memory, disk.
+
+Discovery runs here too, once for each kind of block, because which layers share an input decides which must
+be quantized together: inference engines fuse q/k/v and gate/up, so siblings are quantized all or none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from awq.config import QuantConfig
+from awq.errors import ConfigError, DiskFullError
+from awq.formats import get_format
+from awq.model import Skeleton, kind_of
+from awq.model.groups import Fold, Structure, linears_of, propose
+from awq.model.invariance import Proof, prove
+from awq.model.weights import FLOAT_DTYPES
+from awq.pipeline.writer import ShardPlan, TensorPlan, plan_shards, tensor_plan
+
+
+@dataclasses.dataclass(frozen=True)
+class KindPlan:
+    """One kind of block: its structure, the folds that held, and what is quantized in it.
+
+    `layers` are names inside the block; `skipped` gives the reason for each linear layer left float.
+    """
+
+    name: str
+    structure: Structure
+    proofs: list[Proof]
+    layers: tuple[str, ...]
+    skipped: dict[str, str]
+
+    @property
+    def folds(self) -> list[Fold]:
+        """Those that were proved."""
+        return [proof.fold for proof in self.proofs if proof.holds]
+
+    def describe(self, blocks: list[int]) -> dict[str, Any]:
+        """As JSON values, for the report and for `awq inspect`."""
+        scaled = {name for fold in self.folds for name in fold.consumers}
+        return {
+            "name": self.name,
+            "blocks": blocks,
+            "layers": list(self.layers),
+            "skipped": self.skipped,
+            "folds": [
+                {
+                    "producer": proof.fold.producer,
+                    "rule": proof.fold.rule,
+                    "consumers": list(proof.fold.consumers),
+                    "channels": len(proof.fold.rows),
+                    "change": proof.change,
+                    "proved": proof.holds,
+                }
+                for proof in self.proofs
+            ],
+            "unscaled": [name for name in self.layers if name not in scaled],
+        }
+
+
+def discover_kind(
+    block: nn.Module,
+    run: Callable[[], Tensor],
+    probe_run: Callable[[], Tensor],
+    config: QuantConfig,
+    hub_names: dict[str, str],
+) -> KindPlan:
+    """Find and prove the structure of a kind of block, and decide what is quantized in it.
+
+    Args:
+        block: a block of the kind, its float32 weights in place.
+        run, probe_run: see `awq.model.groups.propose`.
+        config: what to quantize to.
+        hub_names: each linear layer's full name in the checkpoint, by its name in the block.
+    """
+    with torch.no_grad():
+        structure = propose(block, run, probe_run)
+        proofs = prove(block, structure.folds, run)
+    skipped = _skip_reasons(block, structure, config, hub_names)
+    layers = tuple(name for members in structure.inputs.values() for name in members if name not in skipped)
+    return KindPlan(type(block).__name__, structure, proofs, layers, skipped)
+
+
+def kinds_of(blocks: Sequence[nn.Module]) -> list[list[int]]:
+    """Indices of the blocks of each kind, kinds in order of first appearance."""
+    kinds: dict[tuple[Any, ...], list[int]] = {}
+    for index, block in enumerate(blocks):
+        kinds.setdefault(kind_of(block), []).append(index)
+    return list(kinds.values())
+
+
+def _skip_reasons(
+    block: nn.Module, structure: Structure, config: QuantConfig, hub_names: dict[str, str]
+) -> dict[str, str]:
+    reasons: dict[str, str] = {}
+    layout = get_format(config.format)
+    ran = {name for members in structure.inputs.values() for name in members}
+    for name, linear in linears_of(block).items():
+        size = config.effective_group_size(linear.in_features)
+        if any(part in hub_names[name] for part in config.modules_to_not_convert):
+            reasons[name] = "named in modules_to_not_convert"
+        elif name not in ran:
+            reasons[name] = "did not run on the probe text"
+        elif reason := layout.supports(linear.out_features, linear.in_features, size, config.bits):
+            reasons[name] = reason
+    for members in structure.inputs.values():
+        for name in members:
+            parent = name.rpartition(".")[0]
+            siblings = [other for other in members if other.rpartition(".")[0] == parent]
+            floats = [other for other in siblings if other in reasons]
+            if floats and name not in reasons:
+                reasons[name] = f"engines fuse it with {floats[0]}, which stays float"
+    return reasons
+
+
+def require_layers(kinds: Sequence[KindPlan], config: QuantConfig, blocks: Sequence[nn.Module]) -> None:
+    """Refuse a setting that would quantize nothing.
+
+    Raises:
+        ConfigError: with the largest group size that would serve some layer.
+    """
+    if any(kind.layers for kind in kinds):
+        return
+    widths = [linear.in_features for block in blocks for linear in linears_of(block).values()]
+    sizes = [size for size in (128, 64, 32, 16, 8) if any(width % size == 0 for width in widths)]
+    cure = f"; group_size={sizes[0]} would" if sizes and sizes[0] != config.group_size else ""
+    reasons = sorted({reason for kind in kinds for reason in kind.skipped.values()})
+    raise ConfigError(
+        f"group_size={config.group_size} with bits={config.bits} serves no layer of this model{cure} "
+        f"({'; '.join(reasons) or 'its blocks have no linear layers'})"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """The result on disk.
+
+    Args:
+        shards: the files to be written.
+        copies: `{checkpoint key: key}` of tensors that are carried over byte by byte or cast.
+        dtypes: storage dtype of each float tensor that is written anew, by checkpoint key.
+    """
+
+    shards: list[ShardPlan]
+    copies: list[str]
+    dtypes: dict[str, torch.dtype]
+
+    @property
+    def bytes(self) -> int:
+        """Size of all shards."""
+        return sum(shard.size for shard in self.shards)
+
+
+def plan_files(
+    skeleton: Skeleton,
+    list_name: str,
+    quantized: dict[str, nn.Linear],
+    config: QuantConfig,
+    max_shard_bytes: int,
+) -> Files:
+    """Plan every tensor of the result.
+
+    Args:
+        skeleton: the opened model.
+        list_name: the list of decoder blocks.
+        quantized: `{checkpoint key of a weight: its layer}`.
+        config: what to quantize to.
+        max_shard_bytes: files hold at most this much.
+    """
+    layout = get_format(config.format)
+    in_blocks = {key for name, key in skeleton.keys.items() if name.startswith(f"{list_name}.")}
+    plans: list[TensorPlan] = []
+    copies: list[str] = []
+    dtypes: dict[str, torch.dtype] = {}
+    for key, info in skeleton.reader.tensors.items():
+        if info.dtype in FLOAT_DTYPES:
+            dtypes[key] = storage_dtype(config, info.dtype)
+        if key in quantized:
+            layer = quantized[key]
+            stem = key.removesuffix("weight")
+            size = config.effective_group_size(layer.in_features)
+            shapes = layout.packed_shapes(
+                layer.out_features, layer.in_features, size, scale_dtype(config, info.dtype)
+            )
+            plans += [tensor_plan(stem + name, dtype, shape) for name, (dtype, shape) in shapes.items()]
+            continue
+        if key not in in_blocks:
+            copies.append(key)
+        if key in dtypes:
+            plans.append(tensor_plan(key, dtypes[key], info.shape))
+        else:
+            plans.append(TensorPlan(key, info.dtype, info.shape, info.bytes))
+    return Files(plan_shards(plans, max_shard_bytes), copies, dtypes)
+
+
+def storage_dtype(config: QuantConfig, stored: str) -> torch.dtype:
+    """Dtype on disk of a float tensor: its own, unless the user names one."""
+    return FLOAT_DTYPES[stored] if config.dtype == "auto" else getattr(torch, config.dtype)
+
+
+def scale_dtype(config: QuantConfig, stored: str) -> torch.dtype:
+    """Dtype on disk of quantization scales (and of the values, in the float format)."""
+    if config.format == "float":
+        return storage_dtype(config, stored)
+    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float16
+
+
+def predict_peak(
+    blocks: Sequence[nn.Module],
+    kinds: Sequence[KindPlan],
+    batch_tokens: int,
+    surrounding_bytes: int,
+    hidden_bytes: int,
+) -> int:
+    """Bytes that the work will take at its peak, beyond what the process holds already.
+
+    The largest block counts twice (its weights, and a candidate's values) plus a byte a weight for each of
+    three candidates' codes; G of every distinct input, and four times the largest for its inverse; the
+    activations of a batch; the hidden states before and behind the block.
+    """
+    peak = surrounding_bytes
+    for block, kind in zip(blocks, kinds, strict=True):
+        linears = linears_of(block)
+        weights = sum(parameter.numel() for parameter in block.parameters())
+        squares = [linears[first].in_features ** 2 for first in kind.structure.inputs]
+        grams = sum(squares) + 4 * max(squares, default=0)
+        activations = batch_tokens * sum(layer.out_features + layer.in_features for layer in linears.values())
+        stacked = max((layer.weight.numel() for layer in linears.values()), default=0)
+        peak = max(peak, 11 * weights + 4 * grams + 4 * activations + 12 * stacked)
+    return peak + 2 * hidden_bytes
+
+
+def check_disk(out: Path, needed: int) -> None:
+    """Refuse work whose result the disk cannot hold.
+
+    Raises:
+        DiskFullError: with both figures.
+    """
+    place = out
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise DiskFullError(
+            f"{out} needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; "
+            "choose another place or free some space"
+        )

@@ -1,0 +1,411 @@
+"""The loop: open, plan, and for each block load, measure, choose, write, forget."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from awq.calibration import CalibrationSet, load_calibration
+from awq.config import QuantConfig
+from awq.errors import OutputExistsError, WeightError
+from awq.formats import get_format
+from awq.model import Skeleton, find_blocks, open_model, pick_device
+from awq.model.fetch import resolve
+from awq.model.groups import linears_of
+from awq.model.invariance import prove
+from awq.pipeline.block import BlockResult, make_judge, measure, quantize_block, report_of
+from awq.pipeline.feed import Feed
+from awq.pipeline.finish import cast, finish
+from awq.pipeline.journal import Journal, check_output, lock, open_journal, recognise
+from awq.pipeline.memory import batch_tokens_for, peak_memory
+from awq.pipeline.preflight import (
+    Files,
+    KindPlan,
+    check_disk,
+    discover_kind,
+    kinds_of,
+    plan_files,
+    predict_peak,
+    require_layers,
+    scale_dtype,
+)
+from awq.pipeline.report import BlockReport, Plan, Progress, Report, Silent
+from awq.pipeline.writer import ShardWriter
+from awq.weight import QuantizedWeight
+
+_DEFAULT_SHARD_BYTES = 5 * 10**9
+
+
+@torch.no_grad()
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    config: QuantConfig | None = None,
+    calib: Any = "bundled",
+    *,
+    samples: int = 128,
+    seq_len: int = 512,
+    split: str | None = None,
+    text_column: str = "text",
+    tokenizer: Any = None,
+    device: str = "auto",
+    batch_tokens: int | None = None,
+    max_shard_bytes: int = _DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Quantize a model folder to a new folder.
+
+    One block is in memory at a time. A run that was killed continues when called again with the same
+    arguments, and gives the same bytes.
+
+    Args:
+        model: a folder with safetensors weights, or a hub name.
+        out: the folder to make.
+        config: what to quantize to; 4 bits in groups of 128 by default.
+        calib: calibration text: `bundled`, a text or jsonl file, `pileval`, `wikitext`, a hub data set, or a
+            list of texts, of token ids, or of chat messages.
+        samples: calibration samples.
+        seq_len: tokens of a sample at most.
+        split, text_column: of a data set.
+        tokenizer: used on the text; the model's own by default.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, …
+        batch_tokens: tokens of a batch; from the free memory by default.
+        max_shard_bytes: size of an output file at most.
+        overwrite: replace a checkpoint, or unfinished work, in `out`.
+        trust_remote_code: run modelling code that comes with the model.
+        progress: told about the plan and each block.
+
+    Raises:
+        AwqError: see `awq.errors`; all but a full disk is found before any work is done.
+    """
+    started = time.perf_counter()
+    run = _Run(
+        folder=resolve(model),
+        out=Path(out).expanduser(),
+        config=config or QuantConfig(),
+        device=pick_device(device),
+        progress=progress or Silent(),
+        started=started,
+    )
+    if run.out.resolve() == run.folder.resolve():
+        raise OutputExistsError(f"the output folder is the model's own ({run.folder}); choose another one")
+    skeleton = open_model(run.folder, trust_remote_code)
+    calibration = load_calibration(
+        calib,
+        tokenizer or _Tokenizer(run.folder, trust_remote_code),
+        samples=samples,
+        seq_len=seq_len,
+        split=split,
+        text_column=text_column,
+    )
+    skeleton.reader.check_finite()
+    return run.go(skeleton, calibration, batch_tokens, max_shard_bytes, overwrite)
+
+
+class _Tokenizer:
+    """The model's own tokenizer, loaded when text has to be tokenized: token ids need none."""
+
+    def __init__(self, folder: Path, trust_remote_code: bool) -> None:
+        self._folder, self._trust = folder, trust_remote_code
+        self._loaded: Any = None
+
+    def _get(self) -> Any:
+        if self._loaded is None:
+            from transformers import AutoTokenizer
+
+            self._loaded = AutoTokenizer.from_pretrained(self._folder, trust_remote_code=self._trust)
+        return self._loaded
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._get()(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._get(), name)
+
+    def __len__(self) -> int:
+        return len(self._get())
+
+
+@dataclasses.dataclass
+class _Run:
+    """One run's fixed facts, and the clock."""
+
+    folder: Path
+    out: Path
+    config: QuantConfig
+    device: torch.device
+    progress: Progress
+    started: float
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def go(
+        self,
+        skeleton: Skeleton,
+        calibration: CalibrationSet,
+        batch_tokens: int | None,
+        max_shard_bytes: int,
+        overwrite: bool,
+    ) -> Report:
+        """Plan, then work through the blocks."""
+        list_name, blocks = find_blocks(skeleton.model)
+        settings = self._settings(skeleton, calibration, batch_tokens, max_shard_bytes)
+        unfinished = check_output(self.out, settings, overwrite)
+        tokens = batch_tokens or batch_tokens_for(self.device, blocks)
+        if unfinished is not None:
+            tokens = unfinished.batch_tokens  # decides how sums are rounded, and so the bytes
+        feed = Feed(skeleton, list_name, calibration.samples, tokens, self.device)
+        kinds, kind_of_block = self._discover(skeleton, list_name, blocks, feed)
+        require_layers(kinds, self.config, blocks)
+        quantized = {
+            skeleton.keys[f"{list_name}.{i}.{name}.weight"]: linears_of(block)[name]
+            for i, block in enumerate(blocks)
+            for name in kind_of_block[i].layers
+        }
+        files = plan_files(skeleton, list_name, quantized, self.config, max_shard_bytes)
+        skipped = _skipped(skeleton, list_name, kind_of_block)
+        hidden_bytes = sum(tensor.nbytes for tensor in feed.hidden)
+        check_disk(self.out, files.bytes + 2 * hidden_bytes)
+        journal = open_journal(self.out, settings, feed.batch_tokens, overwrite)
+        with lock(journal.work):
+            writer = ShardWriter(journal.work, files.shards, journal.complete)
+            plan = Plan(
+                model=str(self.folder),
+                architecture=type(skeleton.model).__name__,
+                calibration=calibration.describe(),
+                blocks=len(blocks),
+                kinds=[
+                    kind.describe([i for i in range(len(blocks)) if kind_of_block[i] is kind])
+                    for kind in kinds
+                ],
+                quantized=[key.removesuffix(".weight") for key in quantized],
+                skipped=skipped,
+                output_bytes=files.bytes,
+                disk_bytes=files.bytes + 2 * hidden_bytes,
+                peak_bytes=predict_peak(
+                    blocks,
+                    kind_of_block,
+                    feed.batch_tokens,
+                    _surrounding_bytes(skeleton),
+                    hidden_bytes,
+                ),
+                device=str(self.device),
+                batch_tokens=feed.batch_tokens,
+                resumed_at=len(journal.blocks),
+            )
+            self.progress.planned(plan)
+            if journal.resumed:
+                feed.hidden = journal.hidden()
+            self.seconds["prepare"] = time.perf_counter() - self.started
+            for index in range(len(journal.blocks), len(blocks)):
+                self._block(
+                    skeleton,
+                    f"{list_name}.{index}",
+                    index,
+                    kind_of_block[index],
+                    feed,
+                    files,
+                    writer,
+                    journal,
+                )
+            with self._timed("write"):
+                reports = [
+                    BlockReport(entry["name"], entry["seconds"], entry["outcome"]) for entry in journal.blocks
+                ]
+                self.seconds["total"] = time.perf_counter() - self.started
+                report = Report(plan, self.config.to_dict(), reports, self.seconds, peak_memory(self.device))
+                finish(skeleton, files, writer, journal, self.out, self.config, sorted(skipped), report)
+        shutil.rmtree(journal.work)
+        self.seconds["total"] = time.perf_counter() - self.started
+        return report
+
+    def _settings(
+        self, skeleton: Skeleton, calibration: CalibrationSet, batch_tokens: int | None, max_shard_bytes: int
+    ) -> dict[str, Any]:
+        """Everything that decides the bytes of the result."""
+        import awq
+
+        return {
+            "config": self.config.to_dict(),
+            "model": recognise(skeleton.reader),
+            "calibration": calibration.fingerprint(),
+            "batch_tokens": batch_tokens,
+            "max_shard_bytes": max_shard_bytes,
+            "device": self.device.type,
+            "openawq": awq.__version__,
+            "torch": str(torch.__version__),
+        }
+
+    def _discover(
+        self, skeleton: Skeleton, list_name: str, blocks: list[nn.Module], feed: Feed
+    ) -> tuple[list[KindPlan], list[KindPlan]]:
+        """The kinds of block, and the kind of each block."""
+        kinds: list[KindPlan] = []
+        kind_of_block: dict[int, KindPlan] = {}
+        for members in kinds_of(blocks):
+            first = members[0]
+            block, name = blocks[first], f"{list_name}.{first}"
+            skeleton.load(block, name, self.device)
+            long, single = feed.probes_at(first)
+            with exact_matmul():
+                kind = discover_kind(
+                    block,
+                    partial(long.run, block, self.device),
+                    partial(single.run, block, self.device),
+                    self.config,
+                    {
+                        layer: skeleton.keys[f"{name}.{layer}.weight"].removesuffix(".weight")
+                        for layer in linears_of(block)
+                    },
+                )
+            skeleton.unload(block)
+            kinds.append(kind)
+            kind_of_block.update(dict.fromkeys(members, kind))
+        return kinds, [kind_of_block[i] for i in range(len(blocks))]
+
+    def _block(
+        self,
+        skeleton: Skeleton,
+        name: str,
+        index: int,
+        kind: KindPlan,
+        feed: Feed,
+        files: Files,
+        writer: ShardWriter,
+        journal: Journal,
+    ) -> None:
+        """One block, from disk to disk."""
+        block = skeleton.model.get_submodule(name)
+        before = dict(self.seconds)
+        with self._timed("forward"):
+            skeleton.load(block, name, self.device)
+            stats, outputs = self._measured(block, kind, feed, index)
+            long, single = feed.probes_at(index)
+            with exact_matmul():
+                proofs = prove(block, kind.folds, lambda: long.run(block, self.device))
+            behind = [probe.run(block, self.device).to(probe.hidden.device) for probe in (long, single)]
+        for proof in proofs:
+            if not proof.holds:
+                self.progress.note(f"{name}: folding into {proof.fold.producer} dropped ({proof.change:.1e})")
+        stored = {
+            parameter: files.dtypes[skeleton.keys[f"{name}.{parameter}"]]
+            for parameter, _ in block.named_parameters()
+        }
+        with self._timed("search"):
+            result = quantize_block(
+                block,
+                lambda: skeleton.load(block, name, self.device),
+                kind.structure,
+                [proof.fold for proof in proofs if proof.holds],
+                kind.layers,
+                stats,
+                make_judge(block, feed.at(index), outputs, self.device),
+                self.config,
+                self._scale_dtype(skeleton, name, kind),
+                stored,
+            )
+        if not any(error < float("inf") for error in result.errors.values()):
+            raise WeightError(f"{name} gives NaN or infinity on the calibration text, quantized or not")
+        with self._timed("write"):
+            writer.write(self._tensors(skeleton, name, block, result, stored))
+            skeleton.unload(block)
+            feed.hidden = outputs + behind
+            spent = {key: self.seconds[key] - before.get(key, 0.0) for key in ("forward", "search")}
+            report = BlockReport(name, spent, report_of(result))
+            journal.finish_block(dataclasses.asdict(report), feed.hidden)
+        self.progress.block_done(index, report)
+
+    def _measured(self, block: nn.Module, kind: KindPlan, feed: Feed, index: int) -> tuple[Any, Any]:
+        """Statistics and outputs, with smaller batches whenever memory runs out."""
+        while True:
+            try:
+                return measure(
+                    block, kind.structure, kind.layers, feed.at(index), self.device, self.config.group_size
+                )
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                feed.smaller()
+                self.progress.note(f"out of memory: going on with batches of {feed.batch_tokens} tokens")
+
+    def _scale_dtype(self, skeleton: Skeleton, name: str, kind: KindPlan) -> torch.dtype:
+        if not kind.layers:
+            return torch.float16
+        key = skeleton.keys[f"{name}.{kind.layers[0]}.weight"]
+        return scale_dtype(self.config, skeleton.reader.tensors[key].dtype)
+
+    def _tensors(
+        self,
+        skeleton: Skeleton,
+        name: str,
+        block: nn.Module,
+        result: BlockResult,
+        stored: dict[str, torch.dtype],
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The block's tensors as they go to disk, under their names in the checkpoint."""
+        layout = get_format(self.config.format)
+        for parameter, value in block.named_parameters():
+            key = skeleton.keys[f"{name}.{parameter}"]
+            layer, _, leaf = parameter.rpartition(".")
+            if leaf == "weight" and layer in result.codes:
+                weight = QuantizedWeight(*result.codes[layer], self.config.bits).to("cpu")
+                for suffix, tensor in layout.pack(weight).items():
+                    yield f"{key.removesuffix('weight')}{suffix}", tensor
+            else:
+                yield key, cast(value.data, stored[parameter], key)
+        for buffer, held in block.named_buffers():
+            if f"{name}.{buffer}" in skeleton.keys:
+                yield skeleton.keys[f"{name}.{buffer}"], held
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+@contextmanager
+def exact_matmul() -> Iterator[None]:
+    """Full float32 products for the time of a proof; elsewhere an accelerator may use faster ones."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _skipped(skeleton: Skeleton, list_name: str, kind_of_block: list[KindPlan]) -> dict[str, str]:
+    """Every linear layer left float, under its checkpoint name, with the reason."""
+    out = {}
+    for i, kind in enumerate(kind_of_block):
+        for layer, reason in kind.skipped.items():
+            key = skeleton.keys[f"{list_name}.{i}.{layer}.weight"]
+            out[key.removesuffix(".weight")] = reason
+    own = {key: name for name, key in skeleton.keys.items()}
+    for name, module in skeleton.model.named_modules():
+        key = skeleton.keys.get(f"{name}.weight", "")
+        outside = not name.startswith(f"{list_name}.")
+        # A tied head shares its key with the embedding and has no weight of its own in the checkpoint.
+        if isinstance(module, nn.Linear) and outside and key and own[key] == f"{name}.weight":
+            out[key.removesuffix(".weight")] = "outside the decoder blocks"
+    return out
+
+
+def _surrounding_bytes(skeleton: Skeleton) -> int:
+    """Bytes of the embeddings as float32, the largest thing outside the blocks that is ever loaded."""
+    embeddings: Any = skeleton.model.get_input_embeddings
+    return 4 * sum(parameter.numel() for parameter in embeddings().parameters())

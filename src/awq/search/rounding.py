@@ -1,0 +1,147 @@
+"""From floats to codes: ranges, scales and zero points; rounding to nearest; rounding with compensation.
+
+Asymmetric codes: a range [low, high] that contains zero is cut in 2**bits - 1 steps. Scales are rounded to
+their storage dtype *before* codes are chosen, so what is stored is what was judged.
+
+GPTQ (arXiv 2210.17323) rounds one input channel after another and moves each one's error to the channels
+still to come, along the inverse of G. Ranges are fixed beforehand, so channels may be visited in any order
+(the most energetic first) while groups stay contiguous on disk.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from awq.search.gram import InputStats
+
+# Share of the mean diagonal added to G before it is inverted.
+_DAMPING = 0.01
+# Channels rounded before their errors are passed on together; a matter of speed alone.
+_PANEL = 128
+
+
+class Codes(NamedTuple):
+    """Codes uint8 `[out, in]`, scales `[out, groups]` in the storage dtype, zeros uint8 `[out, groups]`."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+    def values(self) -> Tensor:
+        """The weight the codes stand for, float32 `[out, in]`."""
+        size = self.codes.shape[1] // self.scales.shape[1]
+        grouped = self.codes.view(*self.scales.shape, size).float() - self.zeros.unsqueeze(-1).float()
+        return (grouped * self.scales.float().unsqueeze(-1)).view(self.codes.shape)
+
+
+def full_range(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Lowest and highest value of each group, `[out, groups]` each, widened to contain zero."""
+    grouped = weight.view(weight.shape[0], -1, group_size)
+    return grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
+
+
+def quant_params(low: Tensor, high: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scales (float32 values representable in `dtype`) and zero points (float32 whole numbers) of ranges."""
+    levels = 2**bits - 1
+    tiny = torch.finfo(dtype).tiny
+    scales = ((high - low) / levels).clamp_min(tiny).to(dtype).float()
+    return scales, torch.round(-low / scales).clamp(0, levels)
+
+
+def fake_quantize(
+    weight: Tensor, low: Tensor, high: Tensor, bits: int, dtype: torch.dtype = torch.float16
+) -> Tensor:
+    """Round `weight` `[out, in]` to the codes of its groups' ranges and back to floats."""
+    scales, zeros = quant_params(low, high, bits, dtype)
+    grouped = weight.view(*low.shape, -1)
+    codes = torch.addcmul(zeros.unsqueeze(-1), grouped, scales.reciprocal().unsqueeze(-1))
+    codes = codes.round_().clamp_(0, 2**bits - 1)
+    return codes.sub_(zeros.unsqueeze(-1)).mul_(scales.unsqueeze(-1)).view(weight.shape)
+
+
+def nearest(weight: Tensor, low: Tensor, high: Tensor, bits: int, dtype: torch.dtype) -> Codes:
+    """Round each weight to its nearest code.
+
+    Args:
+        weight: float32 `[out, in]`.
+        low, high: float32 `[out, groups]`, the range of each group.
+        dtype: storage dtype of the scales.
+    """
+    scales, zeros = quant_params(low, high, bits, dtype)
+    grouped = weight.view(*low.shape, -1)
+    codes = torch.addcmul(zeros.unsqueeze(-1), grouped, scales.reciprocal().unsqueeze(-1))
+    codes = codes.round_().clamp_(0, 2**bits - 1)
+    return Codes(codes.view(weight.shape).to(torch.uint8), scales.to(dtype), zeros.to(torch.uint8))
+
+
+def inverse_factor(gram: Tensor) -> Tensor:
+    """Upper Cholesky factor of the inverse of a damped Gram matrix, float32 `[in, in]`.
+
+    Damping is raised tenfold until the matrix can be factored; an all-zero G counts as the identity.
+    """
+    diagonal = gram.diagonal()
+    mean = float(diagonal.mean())
+    eye = torch.eye(gram.shape[0], device=gram.device, dtype=gram.dtype)
+    if not mean > 0:
+        return eye
+    damping = _DAMPING
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(gram + damping * mean * eye)
+        if not int(failed):
+            inverse = torch.cholesky_inverse(factor)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not int(failed):
+                return upper
+        damping *= 10
+
+
+def gptq(
+    weight: Tensor, stats: InputStats, low: Tensor, high: Tensor, bits: int, dtype: torch.dtype
+) -> Codes:
+    """Round with error compensation (GPTQ) inside fixed ranges.
+
+    Args:
+        weight: float32 `[out, in]`; rows are independent, so layers that share inputs may be stacked.
+        stats: what the layer saw.
+        low, high: float32 `[out, groups]`.
+        dtype: storage dtype of the scales.
+    """
+    scales, zeros = quant_params(low, high, bits, dtype)
+    size = weight.shape[1] // low.shape[1]
+    parts, width, _ = stats.gram.shape
+    codes = torch.empty_like(weight, dtype=torch.uint8)
+    for part in range(parts):
+        start = part * width
+        gram = stats.gram[part]
+        order = torch.argsort(gram.diagonal(), descending=True, stable=True)
+        upper = inverse_factor(gram[order][:, order])
+        columns = order + start
+        group = columns // size
+        codes[:, columns] = _compensated(
+            weight[:, columns], upper, scales[:, group], zeros[:, group], 2**bits - 1
+        )
+    return Codes(codes, scales.to(dtype), zeros.to(torch.uint8))
+
+
+def _compensated(weight: Tensor, upper: Tensor, scales: Tensor, zeros: Tensor, levels: int) -> Tensor:
+    """Codes uint8 `[out, n]` of columns in visiting order; arguments are `[out, n]`, `upper` is `[n, n]`."""
+    # Channels lie along rows here: each step then reads and writes contiguous memory.
+    rest, scales, zeros = (t.t().contiguous() for t in (weight, scales, zeros))
+    codes = torch.empty_like(rest, dtype=torch.uint8)
+    count = rest.shape[0]
+    for begin in range(0, count, _PANEL):
+        end = min(begin + _PANEL, count)
+        errors = torch.empty(end - begin, rest.shape[1], device=rest.device)
+        for i in range(begin, end):
+            code = torch.addcdiv(zeros[i], rest[i], scales[i]).round_().clamp_(0, levels)
+            codes[i] = code
+            value = code.sub_(zeros[i]).mul_(scales[i])
+            error = torch.sub(rest[i], value, out=errors[i - begin]).div_(upper[i, i])
+            if i + 1 < end:
+                rest[i + 1 : end].addr_(upper[i, i + 1 : end], error, alpha=-1)
+        if end < count:
+            rest[end:].addmm_(upper[begin:end, end:].t(), errors, alpha=-1)
+    return codes.t()

@@ -1,0 +1,128 @@
+"""The scale search: how much of each input channel's magnitude to move into the weights.
+
+The grid is the paper's (arXiv 2306.00978): s = mean|x|^r, and AutoAWQ's variant s = mean|x|^r / mean|w|^(1-r)
+("duo scaling"), each normalised to be centred on one. The identity is always a candidate, so the result is
+never worse than no scaling by the measure used here.
+
+That measure is the sum over the consumers of tr(ΔW G ΔWᵀ), exact for each layer's own output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from awq.search.gram import InputStats, output_error
+from awq.search.rounding import fake_quantize, full_range
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleGrid:
+    """Which scales to try, and at which precision to judge them.
+
+    Args:
+        bits: width of a code.
+        group_size: input channels that share a scale.
+        dtype: storage dtype of the quantization scales.
+        steps: exponents, evenly from 0 to 1 (exclusive).
+        duo: also try scales that take the weights' magnitude into account.
+    """
+
+    bits: int
+    group_size: int
+    dtype: torch.dtype
+    steps: int = 20
+    duo: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleChoice:
+    """The best scale found.
+
+    Args:
+        scale: float32 `[free]`, one value per free row of the producer.
+        loss: summed mean squared output error of the consumers with it.
+        identity_loss: the same without scaling.
+        label: how the scale was made, for the report: `identity`, `plain 0.35`, `duo 0.60`.
+    """
+
+    scale: Tensor
+    loss: float
+    identity_loss: float
+    label: str
+
+
+def search_scale(weights: list[Tensor], stats: InputStats, grid: ScaleGrid, tie: Tensor) -> ScaleChoice:
+    """Search the scale of a producer's rows by the error of the layers that read them.
+
+    Args:
+        weights: float32 `[out_i, in]`, the consumers' weights.
+        stats: statistics of their common input.
+        grid: candidates and precision.
+        tie: int64 `[in]`, the producer's free row behind each input channel; -1 where there is none, which
+            keeps the channel's scale at 1. Under grouped-query attention several channels share a row.
+    """
+    free = int(tie.max()) + 1
+    x_mean = _tied_mean(stats.mean_abs, tie, free)
+    w_mean = _tied_mean(_weight_mean(weights, grid.group_size), tie, free)
+
+    def loss_of(scale: Tensor) -> float:
+        per_channel = expand(scale, tie)
+        total = torch.zeros((), device=scale.device)
+        for weight in weights:
+            scaled = weight * per_channel
+            low, high = full_range(scaled, grid.group_size)
+            delta = fake_quantize(scaled, low, high, grid.bits, grid.dtype).sub_(scaled).div_(per_channel)
+            total += output_error(delta, stats).sum()
+        return float(total)
+
+    best_scale = torch.ones(free, device=x_mean.device)
+    best = identity = loss_of(best_scale)
+    label = "identity"
+    for mode in ("plain", "duo") if grid.duo else ("plain",):
+        for step in range(grid.steps):
+            exponent = step / grid.steps
+            if mode == "plain" and step == 0:
+                continue  # the identity, judged already
+            scale = x_mean.pow(exponent)
+            if mode == "duo":
+                scale = scale / (w_mean.pow(1 - exponent) + 1e-4)
+            scale = _centred(scale)
+            loss = loss_of(scale)
+            if loss < best:
+                best, best_scale, label = loss, scale, f"{mode} {exponent:.2f}"
+    return ScaleChoice(best_scale, best, identity, label)
+
+
+def expand(scale: Tensor, tie: Tensor) -> Tensor:
+    """A scale per free row as a scale per input channel, float32 `[in]`; 1 where there is no row."""
+    return torch.where(tie >= 0, scale[tie.clamp_min(0)], torch.ones_like(scale[:1]))
+
+
+def _centred(scale: Tensor) -> Tensor:
+    """Guard zeros and centre on one in the logarithm; what is not finite becomes one."""
+    scale = scale.clamp_min(1e-4)
+    scale = scale / (scale.max() * scale.min()).sqrt()
+    return torch.where(torch.isfinite(scale), scale, torch.ones_like(scale))
+
+
+def _weight_mean(weights: list[Tensor], group_size: int) -> Tensor:
+    """Mean over rows of |w| relative to the largest in its group, `[in]`."""
+    total = torch.zeros(weights[0].shape[1], device=weights[0].device)
+    rows = 0
+    for weight in weights:
+        grouped = weight.abs().view(weight.shape[0], -1, group_size)
+        relative = grouped / (grouped.amax(-1, keepdim=True) + 1e-6)
+        total += relative.view(weight.shape).sum(0)
+        rows += weight.shape[0]
+    return total / rows
+
+
+def _tied_mean(values: Tensor, tie: Tensor, free: int) -> Tensor:
+    """Mean of `values` `[in]` over the channels of each free row, `[free]`."""
+    live = tie >= 0
+    sums = torch.zeros(free, device=values.device).index_add_(0, tie[live], values[live])
+    counts = torch.zeros(free, device=values.device).index_add_(0, tie[live], torch.ones_like(values[live]))
+    return sums / counts.clamp_min(1)
