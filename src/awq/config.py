@@ -16,7 +16,7 @@ from awq.errors import ConfigError
 Format = Literal["gemm", "float"]
 Method = Literal["awq", "rtn"]
 Rounding = Literal["auto", "nearest", "gptq"]
-StorageDtype = Literal["auto", "float16", "bfloat16"]
+StorageDtype = Literal["auto", "float16", "bfloat16", "float32"]
 
 # What each layout can hold. `float` writes the dequantized weights: a research format for any width.
 FORMAT_BITS: dict[str, tuple[int, ...]] = {"gemm": (4,), "float": (2, 3, 4, 5, 6, 7, 8)}
@@ -45,7 +45,7 @@ class QuantConfig:
         scale_steps: points of the scale search between no scaling and full scaling.
         duo_scaling: also try scales that take the weights' magnitude into account.
         clip: search a narrower range for each group.
-        dtype: of the float tensors written: `auto` keeps a 16-bit model's own and makes float32 float16.
+        dtype: of the float tensors written: `auto` keeps each one's own; `float32` is for the `float` format.
 
     Raises:
         ConfigError: a value has no meaning, or values contradict one another.
@@ -85,6 +85,8 @@ class QuantConfig:
                 f"group_size={self.group_size} is not possible; use a multiple of 8 (32, 64 and 128 run on "
                 "every engine) or -1 for one group per row"
             )
+        if self.dtype == "float32" and self.format != "float":
+            raise ConfigError(f"dtype=float32: the {self.format!r} format stores 16-bit scales")
         if not self.zero_point:
             raise ConfigError("zero_point=False is not supported: the AWQ layouts store asymmetric codes")
         if self.scale_steps < 1:

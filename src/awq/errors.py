@@ -14,6 +14,7 @@
     │   ├── DiskFullError
     │   ├── OutputExistsError             the folder holds something else
     │   └── ResumeError                   the folder holds another run's unfinished work
+    ├── EvaluationError                   a model's output cannot be judged
     ├── KernelError                       no kernel serves this layer on this machine
     └── MissingDependencyError (ImportError)
 
@@ -77,6 +78,10 @@ class OutputExistsError(OutputError):
 
 class ResumeError(OutputError):
     """The output folder holds unfinished work made with other settings."""
+
+
+class EvaluationError(AwqError):
+    """A model's output cannot be judged: NaN or infinite logits."""
 
 
 class KernelError(AwqError):

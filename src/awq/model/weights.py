@@ -55,7 +55,7 @@ class CheckpointReader:
         self.files = _weight_files(folder)
         self.tensors: dict[str, TensorInfo] = {}
         for file in self.files:
-            self.tensors.update(_read_header(folder / file))
+            self.tensors.update(read_header(folder / file))
         self._check_index()
 
     def _check_index(self) -> None:
@@ -144,7 +144,7 @@ def _weight_files(folder: Path) -> list[str]:
     raise MissingFileError(f"{folder} holds no model.safetensors and no model.safetensors.index.json")
 
 
-def _read_header(path: Path) -> dict[str, TensorInfo]:
+def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors a safetensors file holds, from its header, with the file's length checked against it."""
     size = path.stat().st_size
     try:

@@ -187,9 +187,9 @@ def plan_files(
             layer = quantized[key]
             stem = key.removesuffix("weight")
             size = config.effective_group_size(layer.in_features)
-            shapes = layout.packed_shapes(
-                layer.out_features, layer.in_features, size, scale_dtype(config, info.dtype)
-            )
+            plain = config.format == "float"
+            dtype = dtypes[key] if plain else scale_dtype(config)
+            shapes = layout.packed_shapes(layer.out_features, layer.in_features, size, dtype)
             plans += [tensor_plan(stem + name, dtype, shape) for name, (dtype, shape) in shapes.items()]
             continue
         if key not in in_blocks:
@@ -206,10 +206,8 @@ def storage_dtype(config: QuantConfig, stored: str) -> torch.dtype:
     return FLOAT_DTYPES[stored] if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
-def scale_dtype(config: QuantConfig, stored: str) -> torch.dtype:
-    """Dtype on disk of quantization scales (and of the values, in the float format)."""
-    if config.format == "float":
-        return storage_dtype(config, stored)
+def scale_dtype(config: QuantConfig) -> torch.dtype:
+    """Dtype on disk of quantization scales."""
     return torch.bfloat16 if config.dtype == "bfloat16" else torch.float16
 
 

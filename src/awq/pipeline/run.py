@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from awq.model.fetch import resolve
 from awq.model.groups import linears_of
 from awq.model.invariance import prove
 from awq.pipeline.block import BlockResult, make_judge, measure, quantize_block, report_of
+from awq.pipeline.discover import discover, exact_matmul
 from awq.pipeline.feed import Feed
 from awq.pipeline.finish import cast, finish
 from awq.pipeline.journal import Journal, check_output, lock, open_journal, recognise
@@ -31,8 +31,6 @@ from awq.pipeline.preflight import (
     Files,
     KindPlan,
     check_disk,
-    discover_kind,
-    kinds_of,
     plan_files,
     predict_peak,
     require_layers,
@@ -165,7 +163,7 @@ class _Run:
         if unfinished is not None:
             tokens = unfinished.batch_tokens  # decides how sums are rounded, and so the bytes
         feed = Feed(skeleton, list_name, calibration.samples, tokens, self.device)
-        kinds, kind_of_block = self._discover(skeleton, list_name, blocks, feed)
+        kinds, kind_of_block = discover(skeleton, list_name, blocks, feed, self.config, self.device)
         require_layers(kinds, self.config, blocks)
         quantized = {
             skeleton.keys[f"{list_name}.{i}.{name}.weight"]: linears_of(block)[name]
@@ -246,33 +244,6 @@ class _Run:
             "torch": str(torch.__version__),
         }
 
-    def _discover(
-        self, skeleton: Skeleton, list_name: str, blocks: list[nn.Module], feed: Feed
-    ) -> tuple[list[KindPlan], list[KindPlan]]:
-        """The kinds of block, and the kind of each block."""
-        kinds: list[KindPlan] = []
-        kind_of_block: dict[int, KindPlan] = {}
-        for members in kinds_of(blocks):
-            first = members[0]
-            block, name = blocks[first], f"{list_name}.{first}"
-            skeleton.load(block, name, self.device)
-            long, single = feed.probes_at(first)
-            with exact_matmul():
-                kind = discover_kind(
-                    block,
-                    partial(long.run, block, self.device),
-                    partial(single.run, block, self.device),
-                    self.config,
-                    {
-                        layer: skeleton.keys[f"{name}.{layer}.weight"].removesuffix(".weight")
-                        for layer in linears_of(block)
-                    },
-                )
-            skeleton.unload(block)
-            kinds.append(kind)
-            kind_of_block.update(dict.fromkeys(members, kind))
-        return kinds, [kind_of_block[i] for i in range(len(blocks))]
-
     def _block(
         self,
         skeleton: Skeleton,
@@ -311,7 +282,7 @@ class _Run:
                 stats,
                 make_judge(block, feed.at(index), outputs, self.device),
                 self.config,
-                self._scale_dtype(skeleton, name, kind),
+                scale_dtype(self.config),
                 stored,
             )
         if not any(error < float("inf") for error in result.errors.values()):
@@ -337,12 +308,6 @@ class _Run:
                 feed.smaller()
                 self.progress.note(f"out of memory: going on with batches of {feed.batch_tokens} tokens")
 
-    def _scale_dtype(self, skeleton: Skeleton, name: str, kind: KindPlan) -> torch.dtype:
-        if not kind.layers:
-            return torch.float16
-        key = skeleton.keys[f"{name}.{kind.layers[0]}.weight"]
-        return scale_dtype(self.config, skeleton.reader.tensors[key].dtype)
-
     def _tensors(
         self,
         skeleton: Skeleton,
@@ -359,7 +324,8 @@ class _Run:
             if leaf == "weight" and layer in result.codes:
                 weight = QuantizedWeight(*result.codes[layer], self.config.bits).to("cpu")
                 for suffix, tensor in layout.pack(weight).items():
-                    yield f"{key.removesuffix('weight')}{suffix}", tensor
+                    out = f"{key.removesuffix('weight')}{suffix}"
+                    yield out, cast(tensor, stored[parameter], out) if suffix == "weight" else tensor
             else:
                 yield key, cast(value.data, stored[parameter], key)
         for buffer, held in block.named_buffers():
@@ -377,17 +343,6 @@ class _Run:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-@contextmanager
-def exact_matmul() -> Iterator[None]:
-    """Full float32 products for the time of a proof; elsewhere an accelerator may use faster ones."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def _skipped(skeleton: Skeleton, list_name: str, kind_of_block: list[KindPlan]) -> dict[str, str]:
     """Every linear layer left float, under its checkpoint name, with the reason."""
     out = {}
@@ -395,13 +350,13 @@ def _skipped(skeleton: Skeleton, list_name: str, kind_of_block: list[KindPlan]) 
         for layer, reason in kind.skipped.items():
             key = skeleton.keys[f"{list_name}.{i}.{layer}.weight"]
             out[key.removesuffix(".weight")] = reason
-    own = {key: name for name, key in skeleton.keys.items()}
+    tied = getattr(skeleton.model, "all_tied_weights_keys", {})
     for name, module in skeleton.model.named_modules():
-        key = skeleton.keys.get(f"{name}.weight", "")
-        outside = not name.startswith(f"{list_name}.")
-        # A tied head shares its key with the embedding and has no weight of its own in the checkpoint.
-        if isinstance(module, nn.Linear) and outside and key and own[key] == f"{name}.weight":
-            out[key.removesuffix(".weight")] = "outside the decoder blocks"
+        weight = f"{name}.weight"
+        outside = isinstance(module, nn.Linear) and not name.startswith(f"{list_name}.")
+        # A tied head has no weight of its own in the checkpoint.
+        if outside and weight in skeleton.keys and weight not in tied:
+            out[skeleton.keys[weight].removesuffix(".weight")] = "outside the decoder blocks"
     return out
 
 

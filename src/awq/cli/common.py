@@ -1,0 +1,112 @@
+"""What the commands share: consoles, JSON, and loading whatever model is named."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from awq.errors import ConfigError, LoadError, OutputError
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+def console(json_to: str | None = None) -> Console:
+    """For people; on the standard error stream when JSON goes to the standard output."""
+    return Console(stderr=json_to == "-", soft_wrap=True, highlight=False)
+
+
+def write_json(value: Any, target: str | None) -> None:
+    """Write figures to a file, or to the standard output for `-`.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    if target is None:
+        return
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    if target == "-":
+        print(text)
+        return
+    try:
+        Path(target).write_text(text + "\n", "utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def quiet_libraries() -> None:
+    """Keep progress bars and notices of the libraries out of our output."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def load_model(
+    model: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    exact: bool = False,
+) -> Any:
+    """A float or a quantized model, in eval mode.
+
+    Args:
+        model: a folder, or a hub name.
+        dtype: one of `DTYPES`.
+        device: as `awq.model.pick_device` takes it.
+        trust_remote_code: run modelling code that comes with the model.
+        exact: dequantize in the activations' dtype instead of using a fast kernel, for figures.
+
+    Raises:
+        AwqError: the model cannot be loaded.
+    """
+    import torch
+
+    from awq.hf import is_awq, load_quantized
+    from awq.model import CheckpointReader, pick_device
+    from awq.model.fetch import resolve
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    folder, place = resolve(model), pick_device(device)
+    wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
+    if is_awq(folder):
+        kernel = "torch" if exact else None
+        loaded = load_quantized(folder, dtype=wanted, trust_remote_code=trust_remote_code, kernel=kernel)
+        return loaded.to(place) if place.type != "cpu" else loaded
+    from transformers import AutoModelForCausalLM
+
+    CheckpointReader(folder)
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=wanted, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except (ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
+        raise LoadError(f"transformers cannot load {folder}: {error}") from error
+    if info["missing_keys"]:
+        raise LoadError(f"{folder} lacks weights: {', '.join(sorted(info['missing_keys'])[:10])}")
+    return loaded.to(place).eval()
+
+
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        LoadError: there is none that can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    from awq.model.fetch import resolve
+
+    folder = resolve(model)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise LoadError(f"{folder} has no tokenizer that can be loaded: {error}") from error

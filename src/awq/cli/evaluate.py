@@ -1,0 +1,70 @@
+"""`awq eval`: perplexity, and with `--against` how far a model is from its original."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from awq.cli.common import console, load_model, load_tokenizer, quiet_libraries, write_json
+from awq.errors import ConfigError
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Folder or hub name; float or quantized.")],
+    text: Annotated[str, typer.Option(help="Text or jsonl file, or `bundled`.")] = "bundled",
+    against: Annotated[str | None, typer.Option(help="The original to compare with.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    stride: Annotated[int | None, typer.Option(help="Tokens between windows; the window by default.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Use the beginning of the text only.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows run at once.")] = 8,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto (float32 on the CPU, else the model's own), float32, float16, bfloat16")
+    ] = "auto",
+    json: Annotated[str | None, typer.Option(help="Write the figures to this file; - for stdout.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+) -> None:
+    """Judge a model on a text: perplexity, KL divergence and agreement with the original."""
+    from awq.evaluate import compare, perplexity, token_ids
+    from awq.model import pick_device
+
+    if batch_size < 1 or (max_tokens is not None and max_tokens < 1):
+        raise ConfigError("--batch-size and --max-tokens must be at least 1")
+    quiet_libraries()
+    if dtype == "auto" and pick_device(device).type == "cpu":
+        dtype = "float32"
+    judged = load_model(model, dtype, device, trust_remote_code, exact=True)
+    limit = getattr(judged.config.get_text_config(), "max_position_embeddings", None) or window
+    options: dict[str, Any] = {
+        "window": min(window, limit),
+        "stride": stride,
+        "max_tokens": max_tokens,
+        "batch_size": batch_size,
+    }
+    ids = token_ids(text, load_tokenizer(model, trust_remote_code))
+    table = Table(title=f"{model} on {text} ({str(judged.dtype).removeprefix('torch.')})")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    table.add_column("± standard error", justify="right")
+    figures: dict[str, Any] = {"model": model, "text": text, "dtype": str(judged.dtype)}
+    if against is None:
+        ppl = perplexity(judged, ids, **options)
+        figures["perplexity"] = dataclasses.asdict(ppl)
+    else:
+        reference = load_model(against, dtype, device, trust_remote_code, exact=True)
+        if reference.config.get_text_config().vocab_size != judged.config.get_text_config().vocab_size:
+            raise ConfigError(f"{model} and {against} have different vocabularies and cannot be compared")
+        result = compare(judged, reference, ids, **options)
+        ppl, original = result.perplexity, result.reference_perplexity
+        table.add_row("perplexity of the original", f"{original.value:.4f}", f"{original.stderr:.4f}")
+        table.add_row("KL divergence (nats)", f"{result.kl:.6f}", f"{result.kl_stderr:.6f}")
+        table.add_row("top-1 agreement", f"{result.top1:.4%}", f"{result.top1_stderr:.4%}")
+        figures |= {"against": against} | dataclasses.asdict(result)
+    table.add_row("perplexity", f"{ppl.value:.4f}", f"{ppl.stderr:.4f}")
+    out = console(json)
+    out.print(table)
+    out.print(f"perplexity: {ppl.definition()}")
+    write_json(figures, json)

@@ -1,0 +1,62 @@
+"""`awq generate`: continue a prompt, printing words as they come."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Annotated, Any
+
+import typer
+
+from awq.cli.common import console, load_model, load_tokenizer, quiet_libraries
+from awq.errors import ConfigError
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Folder or hub name; float or quantized.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue; - reads it from the standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total share.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    chat: Annotated[bool, typer.Option(help="Format the prompt with the model's chat template.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16, bfloat16")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+) -> None:
+    """Generate text from a prompt."""
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ConfigError("--max-new-tokens must be at least 1, --temperature at least 0, --top-p in (0, 1]")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text:
+        raise ConfigError("the prompt is empty")
+    import torch
+    from transformers import TextStreamer
+
+    quiet_libraries()
+    loaded = load_model(model, dtype, device, trust_remote_code)
+    tokenizer = load_tokenizer(model, trust_remote_code)
+    if chat:
+        if not tokenizer.chat_template:
+            raise ConfigError(f"{model} has no chat template; leave --chat out")
+        messages = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)
+    ids = inputs["input_ids"].to(loaded.device)
+    if seed is not None:
+        torch.manual_seed(seed)
+    options: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        options |= {"temperature": temperature, "top_p": top_p}
+    started = time.perf_counter()
+    output = loaded.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **options,
+    )
+    seconds = time.perf_counter() - started
+    new = output.shape[1] - ids.shape[1]
+    console("-").print(f"{new} tokens in {seconds:.2f} s, {new / seconds:.1f} tokens/s", style="dim")

@@ -1,0 +1,174 @@
+"""`awq quantize`: a model folder in, a 4-bit checkpoint out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from awq.cli.common import console, quiet_libraries, write_json
+
+if TYPE_CHECKING:
+    from awq.pipeline import BlockReport, Plan, Report
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Folder with safetensors weights, or a hub name.")],
+    out: Annotated[str, typer.Argument(help="Folder to make.")],
+    bits: Annotated[int, typer.Option(help="Width of a code.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Input channels that share a scale; -1 for all.")] = 128,
+    format: Annotated[str, typer.Option(help="gemm (AutoAWQ's layout), or float (plain weights).")] = "gemm",
+    method: Annotated[str, typer.Option(help="awq, or rtn for plain rounding.")] = "awq",
+    rounding: Annotated[str, typer.Option(help="auto (the better one per block), nearest or gptq.")] = "auto",
+    clip: Annotated[bool, typer.Option(help="Search narrower ranges.")] = True,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Leave layers whose name holds this; repeat.")
+    ] = None,
+    calib: Annotated[
+        str,
+        typer.Option(help="bundled, a .txt/.jsonl/.json file, pileval, wikitext, or owner/dataset[:config]."),
+    ] = "bundled",
+    split: Annotated[str | None, typer.Option(help="Of the data set.")] = None,
+    text_column: Annotated[str, typer.Option(help="Of the data set or jsonl file.")] = "text",
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a sample at most.")] = 512,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of float tensors: auto, float16, bfloat16.")] = "auto",
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens run at once.")] = None,
+    report: Annotated[str | None, typer.Option(help="Also write the report, with timings, here.")] = None,
+    json: Annotated[str | None, typer.Option(help="The same as --report; - for stdout.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace what is in OUT.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+) -> None:
+    """Quantize a model. Run the same command again after an interruption: it continues."""
+    from awq.config import QuantConfig
+
+    config = QuantConfig(
+        bits=bits,
+        group_size=group_size,
+        format=format,  # type: ignore[arg-type]
+        method=method,  # type: ignore[arg-type]
+        rounding=rounding,  # type: ignore[arg-type]
+        clip=clip,
+        dtype=dtype,  # type: ignore[arg-type]
+        modules_to_not_convert=tuple(skip or ()),
+    )
+    out_console = console(json)
+    out_console.print(f"Opening {model} …", style="dim")
+    from awq.pipeline import quantize
+
+    quiet_libraries()
+    with Display(out_console) as display:
+        result = quantize(
+            model,
+            out,
+            config,
+            calib,
+            samples=samples,
+            seq_len=seq_len,
+            split=split,
+            text_column=text_column,
+            device=device,
+            batch_tokens=batch_tokens,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            progress=display,
+        )
+    print_result(out_console, out, result)
+    for target in (report, json):
+        write_json(result.to_dict(), target)
+
+
+class Display:
+    """Shows a run on a terminal: the plan, a bar with the time left, and what deserves a line."""
+
+    def __init__(self, out: Console) -> None:
+        self._out = out
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("blocks, left:"),
+            TimeRemainingColumn(),
+            console=out,
+            transient=True,
+        )
+        self._task: Any = None
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def planned(self, plan: Plan) -> None:
+        """Print the preflight and start the bar."""
+        print_plan(self._out, plan)
+        self._task = self._bar.add_task("quantizing", total=plan.blocks, completed=plan.resumed_at)
+        self._bar.start()
+
+    def block_done(self, number: int, report: BlockReport) -> None:
+        """Move the bar on."""
+        self._bar.print(report.line(), style="dim")
+        self._bar.update(self._task, completed=number + 1)
+
+    def note(self, message: str) -> None:
+        """Print a line above the bar."""
+        self._bar.print(f"note: {message}", style="yellow")
+
+
+def print_plan(out: Console, plan: Plan) -> None:
+    """The preflight, for a person."""
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    table.add_row("model", f"{plan.architecture}, {plan.blocks} blocks")
+    table.add_row("calibration", plan.calibration)
+    table.add_row("quantized", f"{len(plan.quantized)} linear layers")
+    for reason, names in by_reason(plan.skipped).items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        table.add_row("left float", f"{names[0]}{more}: {reason}")
+    for kind in plan.kinds:
+        dropped = [fold["producer"] for fold in kind["folds"] if not fold["proved"]]
+        if dropped:
+            table.add_row(
+                "not scaled", f"{', '.join(dropped)} in {kind['name']}: the fold could not be proved"
+            )
+    table.add_row("device", f"{plan.device}, batches of {plan.batch_tokens:,} tokens")
+    table.add_row("peak memory", f"about {size(plan.peak_bytes)} beyond the libraries' own")
+    table.add_row("disk", f"{size(plan.disk_bytes)} while working, {size(plan.output_bytes)} in the end")
+    if plan.resumed_at:
+        table.add_row("continuing", f"{plan.resumed_at} of {plan.blocks} blocks were done before")
+    out.print(table)
+
+
+def print_result(out: Console, folder: str, report: Report) -> None:
+    """The outcome, for a person."""
+    winners: dict[str, int] = {}
+    for block in report.blocks:
+        winners[block.outcome["chosen"]] = winners.get(block.outcome["chosen"], 0) + 1
+    error = sum(block.outcome["error"] for block in report.blocks)
+    rtn = sum(block.outcome["errors"]["rtn"] for block in report.blocks)
+    chosen = ", ".join(f"{name} in {count}" for name, count in sorted(winners.items()))
+    if rtn:
+        out.print(f"Error of the blocks: {error / rtn:.0%} of plain rounding's ({chosen} blocks).")
+    seconds = report.seconds
+    out.print(
+        f"Done in {seconds['total']:.1f} s (forward passes {seconds.get('forward', 0):.1f} s, "
+        f"search {seconds.get('search', 0):.1f} s); peak memory {size(report.peak_bytes)}."
+    )
+    out.print(f"{folder} holds {size(report.plan.output_bytes)} of weights and awq_report.json.")
+
+
+def by_reason(skipped: dict[str, str]) -> dict[str, list[str]]:
+    """Layer names grouped by why they stay float."""
+    out: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        out.setdefault(reason, []).append(name)
+    return out
+
+
+def size(count: int) -> str:
+    """Bytes for a person."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,19 @@
+"""How good a model is: perplexity, and how far it is from another one."""
+
+from awq.evaluate.divergence import Divergence, compare
+from awq.evaluate.perplexity import Perplexity, perplexity
+from awq.evaluate.speed import Speed, generation_speeds
+from awq.evaluate.text import token_ids
+from awq.evaluate.windows import Window, windows
+
+__all__ = [
+    "Divergence",
+    "Perplexity",
+    "Speed",
+    "Window",
+    "compare",
+    "generation_speeds",
+    "perplexity",
+    "token_ids",
+    "windows",
+]

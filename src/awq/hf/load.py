@@ -1,0 +1,103 @@
+"""Load a quantized checkpoint, or say exactly why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from awq.config import QuantConfig
+from awq.errors import ConfigError, LoadError
+from awq.kernels import kernel_names
+from awq.model.fetch import resolve
+from awq.model.weights import CheckpointReader, read_json
+from awq.nn import QuantLinear
+
+_SHOWN = 10
+
+
+def is_awq(folder: Path) -> bool:
+    """Whether a model folder says that it holds AWQ codes."""
+    entry = read_json(folder / "config.json").get("quantization_config") or {}
+    return entry.get("quant_method") == "awq"
+
+
+def load_quantized(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    max_memory: Any = None,
+    trust_remote_code: bool = False,
+    kernel: str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Load an AWQ checkpoint as a transformers model in eval mode.
+
+    Args:
+        path: a folder, or a hub name.
+        dtype: of activations and float weights; the checkpoint's own by default.
+        device_map, max_memory: as transformers takes them.
+        trust_remote_code: run modelling code that comes with the model.
+        kernel: insist on a kernel; the fastest that fits by default.
+        **kwargs: further arguments of `from_pretrained`.
+
+    Raises:
+        ConfigError: the folder holds no AWQ checkpoint, or one in another layout.
+        MissingFileError, CorruptFileError: files are missing or damaged.
+        LoadError: a tensor is missing, unexpected or of another shape. Nothing is ever initialised at random.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from awq.hf.quantizer import register
+
+    folder = resolve(path)
+    if not is_awq(folder):
+        raise ConfigError(f"{folder} holds no AWQ checkpoint; quantize it first, or load it as a float model")
+    entry = read_json(folder / "config.json")["quantization_config"]
+    if str(entry.get("version", "gemm")).lower() != "gemm":
+        raise ConfigError(f"{folder} is in the {entry['version']!r} layout; only `gemm` can be loaded yet")
+    QuantConfig.from_dict({k: entry[k] for k in ("bits", "group_size", "zero_point") if k in entry})
+    if kernel is not None and kernel not in kernel_names():
+        raise ConfigError(f"kernel {kernel!r} is unknown; known are: {', '.join(kernel_names())}")
+    CheckpointReader(folder)  # raises on missing and damaged files
+    register()
+    optional = {"max_memory": max_memory} if max_memory is not None else {}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, with everything else
+            **optional,
+            **kwargs,
+        )
+    except LoadError:
+        raise
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        raise LoadError(f"transformers cannot load {folder}: {error}") from error
+    _raise_on_differences(folder, info)
+    if kernel is not None:
+        for module in model.modules():
+            if isinstance(module, QuantLinear):
+                module.prepare(model.dtype, kernel)
+    return model.eval()
+
+
+def _raise_on_differences(folder: Path, info: dict[str, Any]) -> None:
+    problems = []
+    for title, key in (
+        ("missing", "missing_keys"),
+        ("unexpected", "unexpected_keys"),
+        ("mismatched", "mismatched_keys"),
+    ):
+        names = sorted(name if isinstance(name, str) else str(name[0]) for name in info.get(key) or ())
+        if names:
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            problems.append(f"{len(names)} {title}: {', '.join(names[:_SHOWN])}{more}")
+    problems += [str(message) for message in info.get("error_msgs") or ()]
+    if problems:
+        raise LoadError(f"{folder} does not fit its model: {'; '.join(problems)}")

@@ -1,0 +1,83 @@
+"""Which kernel serves a layer, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from awq.errors import KernelError
+from awq.kernels.cpu_int4 import CpuInt4
+from awq.kernels.spec import LayerSpec
+from awq.kernels.torch_dequant import TorchDequant
+from awq.weight import QuantizedWeight
+
+__all__ = ["Choice", "Kernel", "LayerSpec", "choose", "kernel_names"]
+
+
+class Kernel(Protocol):
+    """A way to multiply.
+
+    A kernel owns its arrangement of the codes; scales and zero points are few and kept beside it.
+    """
+
+    name: str
+
+    def refuses(self, spec: LayerSpec) -> str | None:
+        """Why the kernel cannot serve a layer, or None when it can."""
+
+    def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> Any:
+        """Arrange a weight for products with activations of `dtype`."""
+
+    def forward(self, inputs: Tensor, state: Any) -> Tensor:
+        """inputs `[rows, in_features]` times the weight: `[rows, out_features]` in the inputs' dtype."""
+
+    def codes(self, state: Any) -> Tensor:
+        """The codes uint8 `[out_features, in_features]`, recovered exactly from the arrangement."""
+
+
+# Fastest first; the last one serves everything and is what the others are tested against.
+_KERNELS: tuple[Kernel, ...] = (CpuInt4(), TorchDequant())
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A kernel and the reason for it, as a sentence."""
+
+    kernel: Kernel
+    reason: str
+
+
+def kernel_names() -> tuple[str, ...]:
+    """Names that `choose` takes."""
+    return tuple(kernel.name for kernel in _KERNELS)
+
+
+def choose(spec: LayerSpec, prefer: str | None = None) -> Choice:
+    """The kernel for a layer.
+
+    Args:
+        spec: the layer.
+        prefer: insist on this one.
+
+    Raises:
+        KernelError: the preferred one does not exist or cannot serve the layer.
+    """
+    if prefer is not None:
+        for kernel in _KERNELS:
+            if kernel.name == prefer:
+                reason = kernel.refuses(spec)
+                if reason:
+                    raise KernelError(f"kernel {prefer!r} cannot serve this layer: {reason}")
+                return Choice(kernel, f"{prefer}: asked for")
+        raise KernelError(f"kernel {prefer!r} is unknown; known are: {', '.join(kernel_names())}")
+    refusals: list[str] = []
+    for kernel in _KERNELS:
+        reason = kernel.refuses(spec)
+        if reason is None:
+            because = f" ({'; '.join(refusals)})" if refusals else ""
+            return Choice(kernel, f"{kernel.name}: the fastest that serves {spec}{because}")
+        refusals.append(f"not {kernel.name}: {reason}")
+    raise KernelError(f"no kernel serves {spec}: {'; '.join(refusals)}")

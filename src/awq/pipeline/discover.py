@@ -1,0 +1,94 @@
+"""Discovery over a whole model: one block of each kind is loaded, probed, and forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from awq.config import QuantConfig
+from awq.model import Skeleton, find_blocks, open_model
+from awq.model.groups import linears_of
+from awq.pipeline.feed import Feed
+from awq.pipeline.preflight import KindPlan, discover_kind, kinds_of
+
+
+def discover(
+    skeleton: Skeleton,
+    list_name: str,
+    blocks: list[nn.Module],
+    feed: Feed,
+    config: QuantConfig,
+    device: torch.device,
+) -> tuple[list[KindPlan], list[KindPlan]]:
+    """The kinds of block, and the kind of each block.
+
+    Args:
+        skeleton: the opened model.
+        list_name, blocks: its decoder blocks.
+        feed: gives the probes.
+        config: what to quantize to.
+        device: where the probes run.
+    """
+    kinds: list[KindPlan] = []
+    kind_of_block: dict[int, KindPlan] = {}
+    for members in kinds_of(blocks):
+        first = members[0]
+        block, name = blocks[first], f"{list_name}.{first}"
+        skeleton.load(block, name, device)
+        long, single = feed.probes_at(first)
+        with exact_matmul():
+            kind = discover_kind(
+                block,
+                partial(long.run, block, device),
+                partial(single.run, block, device),
+                config,
+                {
+                    layer: skeleton.keys[f"{name}.{layer}.weight"].removesuffix(".weight")
+                    for layer in linears_of(block)
+                },
+            )
+        skeleton.unload(block)
+        kinds.append(kind)
+        kind_of_block.update(dict.fromkeys(members, kind))
+    return kinds, [kind_of_block[i] for i in range(len(blocks))]
+
+
+@torch.no_grad()
+def structure_of(folder: Path, config: QuantConfig, trust_remote_code: bool = False) -> dict[str, Any]:
+    """What quantizing a float model with `config` would do, as JSON values; nothing is written.
+
+    Returns:
+        `architecture`, `list` (name of the list of blocks), `blocks`, and `kinds` (see `KindPlan.describe`).
+    """
+    skeleton = open_model(folder, trust_remote_code)
+    list_name, blocks = find_blocks(skeleton.model)
+    device = torch.device("cpu")
+    vocabulary = skeleton.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    ids = torch.randint(0, vocabulary, (64,), generator=torch.Generator().manual_seed(0))
+    feed = Feed(skeleton, list_name, [ids], len(ids), device)
+    kinds, kind_of_block = discover(skeleton, list_name, blocks, feed, config, device)
+    return {
+        "architecture": type(skeleton.model).__name__,
+        "list": list_name,
+        "blocks": len(blocks),
+        "kinds": [
+            kind.describe([i for i in range(len(blocks)) if kind_of_block[i] is kind]) for kind in kinds
+        ],
+    }
+
+
+@contextmanager
+def exact_matmul() -> Iterator[None]:
+    """Full float32 products for the time of a proof; elsewhere an accelerator may use faster ones."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
