@@ -1,7 +1,34 @@
-"""OpenAWQ: activation-aware 4-bit quantization of Hugging Face language models."""
+"""OpenAWQ: activation-aware 4-bit quantization of Hugging Face language models, and the runtime for it.
+
+    import awq
+    awq.quantize("model-folder", "out", awq.QuantConfig(group_size=128))
+
+    from awq import AutoAWQForCausalLM
+    model = AutoAWQForCausalLM.from_quantized("out")
+
+Heavy parts are imported when they are first used, so `import awq` alone is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from awq.config import QuantConfig
 from awq.errors import AwqError
 
+if TYPE_CHECKING:
+    from awq.auto import AutoAWQForCausalLM
+    from awq.hf import load_quantized
+    from awq.pipeline import quantize
+
 __version__ = "0.1.0"
-__all__ = ["AwqError", "QuantConfig", "__version__"]
+__all__ = ["AutoAWQForCausalLM", "AwqError", "QuantConfig", "__version__", "load_quantized", "quantize"]
+
+_LAZY = {"AutoAWQForCausalLM": "awq.auto", "load_quantized": "awq.hf", "quantize": "awq.pipeline"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'awq' has no attribute {name!r}")
