@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from autoawq_reference import autoawq, plain_rounding
-from common import Subject, add_subject_options, console, finish, subjects
 from rich.table import Table
 
+from autoawq_reference import autoawq, plain_rounding
 from awq import QuantConfig
 from awq.evaluate import Divergence, compare
 from awq.pipeline import quantize
+from common import Subject, add_subject_options, console, finish, subjects
 
 
 def ours(subject: Subject, bits: int, group_size: int) -> Any:
@@ -46,13 +46,17 @@ def measure(subject: Subject, settings: list[tuple[int, int]]) -> dict[str, dict
     for bits, group_size in settings:
         models = {
             "plain rounding": lambda b=bits, g=group_size: plain_rounding(original, b, g),
-            "AutoAWQ's procedure": lambda b=bits, g=group_size: autoawq(original, subject.calibration, b, g)[0],
+            "AutoAWQ's procedure": lambda b=bits, g=group_size: autoawq(original, subject.calibration, b, g)[
+                0
+            ],
             "OpenAWQ": lambda b=bits, g=group_size: ours(subject, b, g),
         }
         column = results.setdefault(f"W{bits} g{group_size}", {})
         for name, make in models.items():
             column[name] = compare(make(), original, subject.evaluation, window=subject.window)
-            console.print(f"{subject.name} W{bits} g{group_size} {name}: KL {column[name].kl:.6f}", style="dim")
+            console.print(
+                f"{subject.name} W{bits} g{group_size} {name}: KL {column[name].kl:.6f}", style="dim"
+            )
     return results
 
 
@@ -72,7 +76,8 @@ def show(subject: Subject, results: dict[str, dict[str, Divergence]]) -> None:
     table.add_row("OpenAWQ / AutoAWQ", *[f"{ratio:.2f}" for ratio in ratios])
     console.print(table)
     tokens = subject.calibration.numel()
-    console.print(f"Calibration: {len(subject.calibration)} samples, {tokens:,} tokens. Perplexity: {reference.definition()}.")
+    console.print(f"Calibration: {len(subject.calibration)} samples, {tokens:,} tokens.")
+    console.print(f"Perplexity: {reference.definition()}.")
 
 
 def main() -> None:

@@ -52,7 +52,9 @@ def add_subject_options(parser: argparse.ArgumentParser, samples: int) -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
 
 
-def subjects(options: argparse.Namespace, bundled_settings: str) -> list[tuple[Subject, list[tuple[int, int]]]]:
+def subjects(
+    options: argparse.Namespace, bundled_settings: str
+) -> list[tuple[Subject, list[tuple[int, int]]]]:
     """The models named by the options, each with its (bits, group size) settings."""
     folder = resources.files("awq").joinpath("data/books6m")
     rows = [(Path(str(folder)), "bundled", "bundled", bundled_settings)]

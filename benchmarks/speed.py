@@ -12,12 +12,12 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from autoawq_reference import autoawq
-from common import add_subject_options, console, finish, subjects
 from rich.table import Table
 
+from autoawq_reference import autoawq
 from awq import QuantConfig
 from awq.pipeline import quantize
+from common import add_subject_options, console, finish, subjects
 
 
 def main() -> None:

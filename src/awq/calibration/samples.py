@@ -1,8 +1,9 @@
 """Token samples for calibration: every document its own, cut on purpose, counted honestly.
 
-A text file is one long running text; windows are taken evenly over all of it. Documents (rows of jsonl or of
-a data set, entries of a list) are never glued to one another: a long one is cut in windows, a short one stays
-short. What is cut off is counted and told.
+A text file is one long running text: it is tokenized as a whole, and windows are taken evenly over it all.
+Documents (rows of jsonl or of a data set, entries of a list) are never glued to one another: a long one is
+cut in windows, a short one stays short. Padding or gluing would be simpler to batch, and would measure
+activations that the model never sees in use.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from awq.calibration.sources import Documents, open_source
+from awq.calibration.sources import open_source
 from awq.errors import CalibrationError, ConfigError
 
 
@@ -24,16 +27,18 @@ class CalibrationSet:
     """Samples ready to run.
 
     Args:
-        samples: int64 `[tokens]` each, on the CPU.
+        samples: int64 `[tokens]` each, 1 to `seq_len` tokens long, on the CPU.
         source: where they come from, for a person.
-        documents: documents that gave at least one sample.
-        unused_tokens: tokens read but left out (cut off, or beyond the number of samples asked for).
+        documents: documents that gave at least one sample; 1 for a running text.
+        truncated_tokens: tokens of those documents that are in no sample: cut off with `long="truncate"`, or
+            left over in the last document when there were samples enough. 0 for a running text, which is
+            sampled and not cut.
     """
 
     samples: tuple[Tensor, ...]
     source: str
     documents: int
-    unused_tokens: int
+    truncated_tokens: int = 0
 
     @property
     def tokens(self) -> int:
@@ -41,24 +46,25 @@ class CalibrationSet:
         return sum(len(sample) for sample in self.samples)
 
     def fingerprint(self) -> str:
-        """A hash of every sample's tokens and bounds."""
+        """SHA-256, in hexadecimal, over every sample's length and token ids, in order."""
         digest = hashlib.sha256()
         for sample in self.samples:
             digest.update(len(sample).to_bytes(8, "little"))
-            digest.update(sample.contiguous().numpy().tobytes())
-        return digest.hexdigest()[:32]
+            digest.update(sample.contiguous().numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
 
     def describe(self) -> str:
         """One sentence for a person."""
         longest = max(len(sample) for sample in self.samples)
+        cut = f"; {_count(self.truncated_tokens, 'token')} dropped" if self.truncated_tokens else ""
         return (
-            f"{len(self.samples)} samples of up to {longest} tokens, {self.tokens:,} tokens in all, "
-            f"from {self.source}; {self.unused_tokens:,} tokens read and not used"
+            f"{_count(len(self.samples), 'sample')} of up to {_count(longest, 'token')}, "
+            f"{self.tokens:,} tokens in all, from {self.source}{cut}"
         )
 
 
 def load_calibration(
-    source: Any,
+    source: str | Path | Sequence[Any],
     tokenizer: Any,
     *,
     samples: int = 128,
@@ -66,90 +72,159 @@ def load_calibration(
     split: str | None = None,
     text_column: str = "text",
     long: Literal["split", "truncate"] = "split",
+    seed: int = 42,
+    vocab_size: int | None = None,
 ) -> CalibrationSet:
     """Make calibration samples.
 
+    A .txt file (and `bundled`) is one running text; its windows are spread evenly over it. Everything else
+    is documents, taken in their order (a data set's after a seeded shuffle) until there are enough samples;
+    blank ones are passed over. The tokenizer starts a text as it does by default (with `<s>`, where it does
+    that): once per document or running text, never again at each window.
+
     Args:
-        source: `bundled`; a .txt, .jsonl or .json file; `pileval`, `wikitext` or a hub data set
-            (`owner/name` or `owner/name:config`); a folder written by `datasets.save_to_disk`; or a list of
-            texts, of token ids, or of chats (lists of `{"role", "content"}`).
-        tokenizer: called on texts with its own defaults, so documents start as it starts them.
+        source: `bundled`; a .txt, .jsonl or .json file; `pileval`, `wikitext`, or a hub data set
+            (`owner/name` or `owner/name:config`); a data set's folder; or a list of texts, of token ids, or
+            of chats (lists of `{"role", "content"}`).
+        tokenizer: a transformers tokenizer; None will do for token ids.
         samples: at most this many.
         seq_len: tokens of a sample at most.
-        split, text_column: of a data set.
+        split: of a data set; `train` by default, `validation` for `pileval`.
+        text_column: of data sets and of jsonl rows; rows may hold chats under `messages` instead.
         long: cut a long document in windows (`split`), or keep its beginning (`truncate`).
+        seed: of a data set's shuffle; 42 is AutoAWQ's.
+        vocab_size: token ids given as such must be below it; by default the tokenizer's size, if it tells.
 
     Raises:
-        CalibrationError: nothing usable comes of the source.
+        CalibrationError: the source cannot be read, or nothing usable comes of it.
         ConfigError: an option has no meaning.
+        MissingDependencyError: a data set was asked for, and `datasets` is not installed.
         MissingFileError: a file does not exist.
     """
     if samples < 1 or seq_len < 1:
-        raise ConfigError(f"samples={samples} and seq_len={seq_len} must be at least 1")
+        raise ConfigError(f"samples={samples} and seq_len={seq_len} must both be at least 1")
     if long not in ("split", "truncate"):
         raise ConfigError(f"long={long!r} is unknown; choose split or truncate")
-    documents = open_source(source, split=split, text_column=text_column)
-    ids = (_token_ids(item, tokenizer, documents.name) for item in documents.items)
+    documents = open_source(source, split=split, text_column=text_column, seed=seed)
+    reader = _Reader(tokenizer, documents.name, vocab_size)
+    ids = (reader.token_ids(item) for item in documents.items)
     if documents.running_text:
-        return _windows_of_text(torch.cat(list(ids)), samples, seq_len, documents.name)
-    return _windows_of_documents(ids, samples, seq_len, long, documents)
+        return _of_running_text(torch.cat(list(ids)), samples, seq_len, documents.name)
+    return _of_documents(ids, samples, seq_len, long, documents.name)
 
 
-def _windows_of_text(ids: Tensor, samples: int, seq_len: int, name: str) -> CalibrationSet:
-    """Windows spread evenly over a running text; a text shorter than a window is one sample."""
-    if len(ids) == 0:
-        raise CalibrationError(f"{name} gives no tokens; give a text file with text in it")
-    windows = ids[: len(ids) // seq_len * seq_len].view(-1, seq_len) if len(ids) >= seq_len else ids[None]
-    count = min(samples, len(windows))
-    chosen = [i * len(windows) // count for i in range(count)]
-    return CalibrationSet(
-        tuple(windows[i].clone() for i in chosen), name, 1, len(ids) - count * windows.shape[1]
-    )
+def _of_running_text(ids: Tensor, samples: int, seq_len: int, name: str) -> CalibrationSet:
+    """Windows spread evenly over a running text; its shorter tail only where all of it is wanted anyway."""
+    if not len(ids):
+        raise CalibrationError(f"{name} holds no text; give a file with text in it, or use `bundled`")
+    windows = list(ids.split(seq_len))
+    if len(windows) > samples:
+        whole = [window for window in windows if len(window) == seq_len]
+        windows = [whole[i * len(whole) // samples] for i in range(samples)]
+        name = f"{name} (windows spread evenly over {len(ids):,} tokens)"
+    return CalibrationSet(tuple(window.clone() for window in windows), name, documents=1)
 
 
-def _windows_of_documents(
-    ids: Iterable[Tensor], samples: int, seq_len: int, long: str, documents: Documents
-) -> CalibrationSet:
+def _of_documents(ids: Iterable[Tensor], samples: int, seq_len: int, long: str, name: str) -> CalibrationSet:
     """Windows of one document after another until there are enough."""
     found: list[Tensor] = []
-    used = unused = 0
+    used = dropped = 0
     for document in ids:
-        windows = [w for w in document.split(seq_len) if len(w)] if len(document) else []
-        if long == "truncate":
-            windows = windows[:1]
-        kept = windows[: samples - len(found)]
-        used += bool(kept)
-        unused += len(document) - sum(len(window) for window in kept)
+        if not len(document):
+            continue
+        windows = document.split(seq_len)
+        kept = windows[: 1 if long == "truncate" else samples - len(found)]
+        used += 1
+        dropped += len(document) - sum(len(window) for window in kept)
         found += [window.clone() for window in kept]
         if len(found) == samples:
             break
     if not found:
-        raise CalibrationError(f"{documents.name} gives no tokens; give text, or the bundled source")
-    return CalibrationSet(tuple(found), documents.name, used, unused)
+        raise CalibrationError(f"{name}: no document holds any text; give some, or use `bundled`")
+    return CalibrationSet(tuple(found), f"{_count(used, 'document')} of {name}", used, dropped)
 
 
-def _token_ids(item: Any, tokenizer: Any, name: str) -> Tensor:
-    """One document's tokens, int64 `[tokens]`; texts and chats are tokenized, token ids are checked."""
-    if isinstance(item, str):
-        if not item.strip():
+class _Reader:
+    """Turns one document, whatever its kind, into token ids."""
+
+    def __init__(self, tokenizer: Any, name: str, vocab_size: int | None) -> None:
+        self._tokenizer, self._name = tokenizer, name
+        self._vocab_size = vocab_size
+
+    def token_ids(self, item: Any) -> Tensor:
+        """One document's tokens, int64 `[tokens]`; none for a blank text."""
+        if isinstance(item, str):
+            return self._tokenize(item, add_special_tokens=True)
+        if isinstance(item, (Tensor, np.ndarray)) or _all_of(item, int):
+            return self._checked(item)
+        if _all_of(item, dict):
+            return self._chat(item)
+        raise CalibrationError(
+            f"{self._name}: a document cannot be {_kind(item)}; give texts, lists of token ids, or lists of "
+            'chat messages ({"role": …, "content": …})'
+        )
+
+    def _tokenize(self, text: str, add_special_tokens: bool) -> Tensor:
+        if not text.strip():
             return torch.zeros(0, dtype=torch.long)
-        return torch.tensor(tokenizer(item, verbose=False)["input_ids"], dtype=torch.long)
-    if isinstance(item, Tensor) or (isinstance(item, Sequence) and all(isinstance(i, int) for i in item)):
-        ids = torch.as_tensor(item, dtype=torch.long).flatten()
-        if len(ids) and int(ids.min()) < 0:
-            raise CalibrationError(f"{name} holds the token id {int(ids.min())}; ids start at 0")
-        return ids
-    if isinstance(item, Sequence) and all(isinstance(i, dict) and "content" in i for i in item):
+        if self._tokenizer is None:
+            raise ConfigError(f"{self._name} holds text, which needs a tokenizer")
+        # A tokenizer warns about texts longer than the model's context: windows are cut afterwards.
+        encoded = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+        return torch.tensor(encoded["input_ids"], dtype=torch.long)
+
+    def _chat(self, messages: Any) -> Tensor:
         try:
-            text = tokenizer.apply_chat_template(item, tokenize=False)
-        except ValueError as error:
+            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False)
+        except Exception as error:  # templates are programs, and raise what they like
             raise CalibrationError(
-                f"{name} holds chats, and the tokenizer cannot format them: {error}"
+                f"{self._name} holds chats, and the tokenizer cannot format one: {_first_line(error)}"
             ) from error
         # The template has written the special tokens already.
-        return torch.tensor(
-            tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long
-        )
-    raise CalibrationError(
-        f"{name} holds a {type(item).__name__}; give texts, lists of token ids, or lists of chat messages"
+        return self._tokenize(text, add_special_tokens=False)
+
+    def _checked(self, item: Any) -> Tensor:
+        ids = torch.as_tensor(item)
+        if ids.dim() == 2 and ids.shape[0] == 1:
+            ids = ids[0]  # as tokenizers return it with return_tensors="pt"
+        if ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() != 1):
+            raise CalibrationError(
+                f"{self._name}: token ids must be one row of whole numbers, not {ids.dtype} of shape "
+                f"{tuple(ids.shape)}"
+            )
+        ids = ids.flatten().to(device="cpu", dtype=torch.long)
+        limit = self._limit()
+        if len(ids) and (int(ids.min()) < 0 or (limit is not None and int(ids.max()) >= limit)):
+            bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+            known = "" if limit is None else f"; the vocabulary ends at {limit - 1}"
+            raise CalibrationError(f"{self._name} holds the token id {bad}{known}")
+        return ids
+
+    def _limit(self) -> int | None:
+        if self._vocab_size is None and self._tokenizer is not None:
+            try:
+                self._vocab_size = len(self._tokenizer)
+            except Exception:  # a model without a tokenizer can still be given token ids
+                return None
+        return self._vocab_size
+
+
+def _all_of(item: Any, kind: type) -> bool:
+    """Whether `item` is a list or tuple of `kind`; an empty one is a document without tokens."""
+    return isinstance(item, (list, tuple)) and all(
+        isinstance(entry, kind) and not isinstance(entry, bool) for entry in item
     )
+
+
+def _kind(item: Any) -> str:
+    if isinstance(item, (list, tuple)):
+        return f"a {type(item).__name__} of {' and '.join(sorted({type(entry).__name__ for entry in item}))}"
+    return f"of type {type(item).__name__}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -1,9 +1,12 @@
-"""Where calibration text comes from: the bundled books, a file, a data set, or the caller."""
+"""Where calibration text comes from: the bundled books, a file, a data set, or the caller.
+
+Everything is opened as documents, read only as far as they are needed. Data sets go through the optional
+`datasets` package; without it, and without a network, the bundled books and local files always work.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
@@ -17,7 +20,11 @@ _HUB = {
     "pileval": ("mit-han-lab/pile-val-backup", None, "validation"),
     "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train"),
 }
-_OFFLINE = "without network use `bundled` or a local .txt or .jsonl file"
+_RUNNING_TEXT = (".txt", ".text", ".md", "")
+_OFFLINE = "without a network, use `bundled` or a local .txt or .jsonl file"
+# Rows a streamed data set is shuffled among: they are fetched before the first one is used.
+_SHUFFLE_ROWS = 1000
+_BUNDLED = {"calibration": "the bundled books", "evaluation": "the bundled held-out books"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +33,8 @@ class Documents:
 
     Args:
         name: for messages.
-        items: texts, token ids or chats, one document each.
-        running_text: the items are pieces of one long text.
+        items: texts, token ids or chats, one document each, read lazily.
+        running_text: the items are one long text.
     """
 
     name: str
@@ -35,82 +42,130 @@ class Documents:
     running_text: bool = False
 
 
-def open_source(source: Any, *, split: str | None = None, text_column: str = "text") -> Documents:
-    """Open a calibration source; see `awq.calibration.load_calibration` for what it may be.
+def open_source(
+    source: Any, *, split: str | None = None, text_column: str = "text", seed: int = 42
+) -> Documents:
+    """Open a calibration source; `awq.calibration.load_calibration` says what it may be.
 
     Raises:
         CalibrationError, MissingFileError, MissingDependencyError: it cannot be read.
     """
     if isinstance(source, (str, Path)):
-        return _open_name(str(source), split, text_column)
+        return _open_name(str(source), split, text_column, seed)
     if isinstance(source, Sequence):
         if not len(source):
-            raise CalibrationError("the calibration list is empty")
-        return Documents(f"a list of {len(source)} documents", source)
+            raise CalibrationError("the list of calibration documents is empty; give some, or use `bundled`")
+        return Documents("the given list", source)
     raise CalibrationError(f"calibration data cannot be a {type(source).__name__}; give a name or a list")
 
 
 def bundled_text(name: str) -> str:
-    """A text that ships with the package: `calibration` or `evaluation` (public-domain books)."""
-    return resources.files("awq").joinpath(f"data/{name}.txt").read_text("utf-8")
+    """A text that ships with the package: `calibration` or `evaluation` (public-domain books, disjoint)."""
+    return resources.files("awq").joinpath("data", f"{name}.txt").read_text("utf-8")
 
 
-def _open_name(name: str, split: str | None, text_column: str) -> Documents:
+def read_text(name: str, text_column: str = "text") -> str:
+    """One running text: `bundled` (the held-out books), a text file, or a .jsonl or .json file.
+
+    The documents of a jsonl or json file are joined by an empty line, as is usual for perplexity.
+
+    Raises:
+        CalibrationError: the file is not readable as text, or holds chats or token ids.
+        MissingFileError: the file does not exist.
+    """
     if name == "bundled":
-        return Documents("the bundled books", [bundled_text("calibration")], running_text=True)
+        return bundled_text("evaluation")
+    documents = _open_file(Path(name).expanduser(), text_column)
+    items = list(documents.items)
+    if not all(isinstance(item, str) for item in items):
+        raise CalibrationError(f"{name} holds more than texts; evaluation takes texts only")
+    return "\n\n".join(items)
+
+
+def _open_name(name: str, split: str | None, text_column: str, seed: int) -> Documents:
+    if name == "bundled":
+        return Documents(_BUNDLED["calibration"], [bundled_text("calibration")], running_text=True)
     path = Path(name).expanduser()
+    if name in _HUB:
+        return Documents(name, _rows(_hub(name, split, seed), text_column, name))
     if path.is_dir():
-        return Documents(name, _rows(_load_folder(path, split), text_column, name))
-    if path.is_file() or path.suffix in (".txt", ".jsonl", ".json"):
+        return Documents(name, _rows(_folder(path, split, seed), text_column, name))
+    looks_like_a_file = path.suffix in (".txt", ".jsonl", ".json") or name.startswith((".", "/", "~"))
+    if path.is_file() or looks_like_a_file:
         return _open_file(path, text_column)
-    if name in _HUB or name.count("/") == 1:
-        return Documents(name, _rows(_load_hub(name, split), text_column, name))
+    if name.count("/") == 1:
+        return Documents(name, _rows(_hub(name, split, seed), text_column, name))
     raise MissingFileError(
-        f"calibration source {name!r} is no file, no folder and no data set (owner/name); {_OFFLINE}"
+        f"calibration source {name!r} is no file, no folder, none of bundled, {', '.join(_HUB)}, and no hub "
+        f"data set (owner/name); {_OFFLINE}"
     )
 
 
 def _open_file(path: Path, text_column: str) -> Documents:
-    try:
-        text = path.read_text("utf-8")
-    except FileNotFoundError as error:
-        raise MissingFileError(f"calibration file {path} does not exist") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"calibration file {path} is not readable as UTF-8 text: {error}") from error
+    if not path.is_file():
+        raise MissingFileError(f"text file {path} does not exist")
     if path.suffix == ".jsonl":
-        return Documents(str(path), list(_jsonl(text, path, text_column)))
+        return Documents(str(path), _jsonl(path, text_column))
     if path.suffix == ".json":
-        try:
-            items = json.loads(text)
-        except ValueError as error:
-            raise CalibrationError(f"{path} is not JSON: {error}") from error
-        if not isinstance(items, list):
-            raise CalibrationError(f"{path} must hold a list of documents")
-        return Documents(str(path), items)
-    return Documents(str(path), [text], running_text=True)
+        return Documents(str(path), _json(path, text_column))
+    if path.suffix not in _RUNNING_TEXT:
+        raise CalibrationError(f"{path}: {path.suffix} files are not read; give a .txt, .jsonl or .json file")
+    return Documents(str(path), [_decode(path.read_bytes(), str(path))], running_text=True)
 
 
-def _jsonl(text: str, path: Path, text_column: str) -> Iterator[Any]:
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise CalibrationError(f"{path}, line {number}: not JSON ({error})") from error
-        yield _document(row, text_column, f"{path}, line {number}")
+def _decode(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        at = f"line {line}, " if line > 1 else ""
+        raise CalibrationError(
+            f"{where}: {at}byte {error.start} is not UTF-8 ({error.reason}); convert it to UTF-8"
+        ) from error
+
+
+def _jsonl(path: Path, text_column: str) -> Iterator[Any]:
+    # Lines are split as bytes: JSON strings may hold characters that str.splitlines takes for line ends.
+    with path.open("rb") as handle:
+        for number, line in enumerate(handle, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            text = _decode(line, where)
+            try:
+                row = json.loads(text)
+            except ValueError as error:
+                raise CalibrationError(f"{where}: not JSON ({error})") from error
+            yield _document(row, text_column, where)
+
+
+def _json(path: Path, text_column: str) -> Iterator[Any]:
+    text = _decode(path.read_bytes(), str(path))
+    try:
+        rows = json.loads(text)
+    except ValueError as error:
+        raise CalibrationError(f"{path}: not JSON ({error})") from error
+    if not isinstance(rows, list):
+        raise CalibrationError(f"{path} must hold a list of texts, not a {type(rows).__name__}")
+    for number, row in enumerate(rows, start=1):
+        yield _document(row, text_column, f"{path}, entry {number}")
 
 
 def _document(row: Any, text_column: str, where: str) -> Any:
-    """The document in a row: the text column, or chat messages."""
+    """The document in a row: a text or a list as it stands, else the text column or chat messages."""
+    if isinstance(row, dict):
+        column = next((name for name in (text_column, "messages") if name in row), None)
+        if column is None:
+            has = ", ".join(map(repr, row)) or "none"
+            raise CalibrationError(f"{where}: no column {text_column!r} or 'messages'; it has {has}")
+        row = row[column]
+    if row is None:
+        return ""  # data sets mark an absent text so
     if isinstance(row, (str, list)):
         return row
-    if isinstance(row, dict):
-        for column in (text_column, "messages"):
-            if column in row:
-                return row[column]
-        raise CalibrationError(f"{where}: no column {text_column!r}; it has {', '.join(row) or 'none'}")
-    raise CalibrationError(f"{where}: expected a text, a list or an object")
+    raise CalibrationError(
+        f"{where}: expected a text, chat messages or token ids, not a {type(row).__name__}"
+    )
 
 
 def _rows(dataset: Iterable[Any], text_column: str, name: str) -> Iterator[Any]:
@@ -123,44 +178,37 @@ def _datasets() -> Any:
         import datasets
     except ImportError as error:
         raise MissingDependencyError(
-            f"data sets need the `datasets` package (pip install 'openawq[datasets]'); {_OFFLINE}"
+            f"data sets need the `datasets` package: pip install 'openawq[datasets]'; {_OFFLINE}"
         ) from error
     return datasets
 
 
-def _load_folder(path: Path, split: str | None) -> Iterable[Any]:
+def _folder(path: Path, split: str | None, seed: int) -> Iterator[Any]:
     datasets = _datasets()
+    saved = any((path / name).exists() for name in ("dataset_dict.json", "state.json"))
     try:
-        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            loaded = datasets.load_from_disk(str(path))
-        else:
-            loaded = datasets.load_dataset(str(path))
+        loaded = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
     except Exception as error:  # the library raises many kinds
-        raise CalibrationError(f"{path} is not a readable data set: {error}") from error
-    return _pick_split(loaded, split, str(path))
+        raise CalibrationError(f"{path} is not readable as a data set: {_reason(error)}") from error
+    if isinstance(loaded, dict):
+        chosen = split or ("train" if "train" in loaded else next(iter(loaded)))
+        if chosen not in loaded:
+            raise CalibrationError(f"{path} has no split {chosen!r}; it has {', '.join(loaded)}")
+        loaded = loaded[chosen]
+    yield from loaded.shuffle(seed=seed)
 
 
-def _pick_split(loaded: Any, split: str | None, name: str) -> Iterable[Any]:
-    if not isinstance(loaded, dict):
-        return loaded
-    chosen = split or ("train" if "train" in loaded else next(iter(loaded)))
-    if chosen not in loaded:
-        raise CalibrationError(f"{name} has no split {chosen!r}; it has {', '.join(loaded)}")
-    return loaded[chosen]
-
-
-def _load_hub(name: str, split: str | None) -> Iterable[Any]:
+def _hub(name: str, split: str | None, seed: int) -> Iterator[Any]:
     hub_name, config, default_split = _HUB.get(name, (name, None, "train"))
     if ":" in hub_name:
         hub_name, _, config = hub_name.partition(":")
     datasets = _datasets()
     try:
         stream = datasets.load_dataset(hub_name, config, split=split or default_split, streaming=True)
-        shuffled = stream.shuffle(seed=42, buffer_size=10_000)
-        # The first row is fetched here, so that a missing network shows here and not half-way.
-        rows = iter(shuffled)
-        first = next(rows)
+        yield from stream.shuffle(seed=seed, buffer_size=_SHUFFLE_ROWS)
     except Exception as error:  # the library and the network raise many kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CalibrationError(f"{hub_name} cannot be fetched ({reason}); {_OFFLINE}") from error
-    return itertools.chain([first], rows)
+        raise CalibrationError(f"data set {name} cannot be fetched: {_reason(error)}; {_OFFLINE}") from error
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

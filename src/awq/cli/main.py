@@ -1,4 +1,4 @@
-"""`awq`: the console entry point. Errors of ours are one line; anything else is a bug and shows its traceback."""
+"""`awq`: the console entry point. Errors of ours are one line; anything else is a bug, and shows where."""
 
 from __future__ import annotations
 

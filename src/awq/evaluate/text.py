@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awq.calibration.sources import bundled_text, open_source
+from awq.calibration import read_text
 from awq.errors import CalibrationError
 
 
@@ -22,11 +22,7 @@ def token_ids(source: str | Path, tokenizer: Any) -> Tensor:
     Raises:
         MissingFileError, CalibrationError: the text cannot be read, or is empty.
     """
-    if str(source) == "bundled":
-        text = bundled_text("evaluation")
-    else:
-        documents = open_source(source)
-        text = "\n\n".join(item for item in documents.items if isinstance(item, str))
+    text = read_text(str(source))
     if not text.strip():
         raise CalibrationError(f"{source} holds no text")
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)

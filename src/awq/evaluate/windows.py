@@ -53,7 +53,7 @@ def windows(
 
 
 def batches(items: Sequence[Window], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """`(ids [batch, window], scored [batch, window - 1] bool)`; scored[:, i] is about predicting token i + 1."""
+    """`(ids [batch, window], scored [batch, window - 1] bool)`; scored[:, i] is for predicting i + 1."""
     for begin in range(0, len(items), size):
         part = items[begin : begin + size]
         ids = torch.stack([item.ids for item in part])

@@ -61,7 +61,7 @@ def load_quantized(
     QuantConfig.from_dict({k: entry[k] for k in ("bits", "group_size", "zero_point") if k in entry})
     if kernel is not None and kernel not in kernel_names():
         raise ConfigError(f"kernel {kernel!r} is unknown; known are: {', '.join(kernel_names())}")
-    CheckpointReader(folder)  # raises on missing and damaged files
+    reader = CheckpointReader(folder)  # raises on missing and damaged files
     register()
     optional = {"max_memory": max_memory} if max_memory is not None else {}
     try:
@@ -79,7 +79,7 @@ def load_quantized(
         raise
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise LoadError(f"transformers cannot load {folder}: {error}") from error
-    _raise_on_differences(folder, info)
+    _raise_on_differences(folder, info, reader.unused)
     if kernel is not None:
         for module in model.modules():
             if isinstance(module, QuantLinear):
@@ -87,14 +87,15 @@ def load_quantized(
     return model.eval()
 
 
-def _raise_on_differences(folder: Path, info: dict[str, Any]) -> None:
+def _raise_on_differences(folder: Path, info: dict[str, Any], unused: set[str]) -> None:
     problems = []
     for title, key in (
         ("missing", "missing_keys"),
         ("unexpected", "unexpected_keys"),
         ("mismatched", "mismatched_keys"),
     ):
-        names = sorted(name if isinstance(name, str) else str(name[0]) for name in info.get(key) or ())
+        found = {name if isinstance(name, str) else str(name[0]) for name in info.get(key) or ()}
+        names = sorted(found - unused if key == "unexpected_keys" else found)
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             problems.append(f"{len(names)} {title}: {', '.join(names[:_SHOWN])}{more}")

@@ -47,7 +47,7 @@ class AwqQuantizer(HfQuantizer):
     ) -> None:
         tensors: dict[str, TensorInfo] = {}
         for file in checkpoint_files or []:
-            tensors.update(read_header(Path(file)))
+            tensors.update(read_header(Path(file))[0])
         replace_linears(model, tensors, self.quantization_config.bits)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

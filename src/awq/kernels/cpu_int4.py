@@ -39,7 +39,7 @@ _multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
 
 
 class State(NamedTuple):
-    """The operator's arrangement, and scale and offset bfloat16 `[groups, out, 2]`: w = (q - 8) s + offset."""
+    """The operator's arrangement; scale and offset bfloat16 `[groups, out, 2]`: w = (q - 8) s + offset."""
 
     packed: Tensor
     scale_and_offset: Tensor

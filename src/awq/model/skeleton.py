@@ -41,6 +41,18 @@ class Skeleton:
     reader: CheckpointReader
     keys: dict[str, str]
 
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the input embeddings: token ids must be below it."""
+        embeddings: Any = self.model.get_input_embeddings
+        return int(embeddings().weight.shape[0])
+
+    def unused(self) -> list[str]:
+        """Checkpoint keys of tensors that the model class has no place for (MTP heads and the like)."""
+        state = self.model.state_dict()
+        used = {key for name, key in self.keys.items() if name in state}
+        return sorted(set(self.reader.tensors) - used)
+
     def load(self, module: nn.Module, prefix: str, device: torch.device) -> None:
         """Read the weights of `module`, whose name in the model is `prefix`, as float32 on `device`."""
         pairs = [(f"{prefix}.{path}".rstrip("."), child) for path, child in module.named_modules()]

@@ -20,6 +20,8 @@ from torch import Tensor
 from awq.errors import CorruptFileError, MissingFileError, WeightError
 
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Metadata entry of our files: names of tensors carried over although the model class does not use them.
+UNUSED_KEY = "openawq.unused"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -45,6 +47,10 @@ class CheckpointReader:
     Args:
         folder: a Hugging Face model folder with `model.safetensors` or an index and its shards.
 
+    Attributes:
+        tensors: by name.
+        unused: names that our own files mark as carried over without use (MTP heads and the like).
+
     Raises:
         MissingFileError: the folder, its weights or a shard named in its index is missing.
         CorruptFileError: a file is no safetensors file, is truncated, or lacks a tensor its index names.
@@ -54,8 +60,11 @@ class CheckpointReader:
         self.folder = folder
         self.files = _weight_files(folder)
         self.tensors: dict[str, TensorInfo] = {}
+        self.unused: set[str] = set()
         for file in self.files:
-            self.tensors.update(read_header(folder / file))
+            tensors, metadata = read_header(folder / file)
+            self.tensors.update(tensors)
+            self.unused.update(metadata.get(UNUSED_KEY, "").split())
         self._check_index()
 
     def _check_index(self) -> None:
@@ -144,8 +153,12 @@ def _weight_files(folder: Path) -> list[str]:
     raise MissingFileError(f"{folder} holds no model.safetensors and no model.safetensors.index.json")
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors a safetensors file holds, from its header, with the file's length checked against it."""
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors a safetensors file holds, and its metadata, with the file's length checked against both.
+
+    Raises:
+        CorruptFileError: the file is truncated, or no safetensors file.
+    """
     size = path.stat().st_size
     try:
         with path.open("rb") as handle:
@@ -155,7 +168,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             header = json.loads(handle.read(length))
     except (ValueError, OSError) as error:
         raise CorruptFileError(f"{path} is no safetensors file: {error}") from error
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
     start = 8 + length
     out = {
         name: TensorInfo(
@@ -172,4 +185,4 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise CorruptFileError(
             f"{path} is truncated: {size} bytes where its header speaks of {expected}; fetch it again"
         )
-    return out
+    return out, metadata

@@ -37,7 +37,8 @@ def discover(
     """
     kinds: list[KindPlan] = []
     kind_of_block: dict[int, KindPlan] = {}
-    for members in kinds_of(blocks):
+    named = [_named(skeleton, f"{list_name}.{i}", block, config) for i, block in enumerate(blocks)]
+    for members in kinds_of(blocks, named):
         first = members[0]
         block, name = blocks[first], f"{list_name}.{first}"
         skeleton.load(block, name, device)
@@ -48,15 +49,19 @@ def discover(
                 partial(long.run, block, device),
                 partial(single.run, block, device),
                 config,
-                {
-                    layer: skeleton.keys[f"{name}.{layer}.weight"].removesuffix(".weight")
-                    for layer in linears_of(block)
-                },
+                named[first],
             )
         skeleton.unload(block)
         kinds.append(kind)
         kind_of_block.update(dict.fromkeys(members, kind))
     return kinds, [kind_of_block[i] for i in range(len(blocks))]
+
+
+def _named(skeleton: Skeleton, name: str, block: nn.Module, config: QuantConfig) -> frozenset[str]:
+    """Linear layers of a block whose name in the checkpoint holds a part in `modules_to_not_convert`."""
+    hub = {layer: skeleton.keys[f"{name}.{layer}.weight"] for layer in linears_of(block)}
+    parts = config.modules_to_not_convert
+    return frozenset(layer for layer, key in hub.items() if any(part in key for part in parts))
 
 
 @torch.no_grad()
@@ -69,8 +74,7 @@ def structure_of(folder: Path, config: QuantConfig, trust_remote_code: bool = Fa
     skeleton = open_model(folder, trust_remote_code)
     list_name, blocks = find_blocks(skeleton.model)
     device = torch.device("cpu")
-    vocabulary = skeleton.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    ids = torch.randint(0, vocabulary, (64,), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, skeleton.vocabulary, (64,), generator=torch.Generator().manual_seed(0))
     feed = Feed(skeleton, list_name, [ids], len(ids), device)
     kinds, kind_of_block = discover(skeleton, list_name, blocks, feed, config, device)
     return {

@@ -71,7 +71,7 @@ def discover_kind(
     run: Callable[[], Tensor],
     probe_run: Callable[[], Tensor],
     config: QuantConfig,
-    hub_names: dict[str, str],
+    named: frozenset[str],
 ) -> KindPlan:
     """Find and prove the structure of a kind of block, and decide what is quantized in it.
 
@@ -79,33 +79,38 @@ def discover_kind(
         block: a block of the kind, its float32 weights in place.
         run, probe_run: see `awq.model.groups.propose`.
         config: what to quantize to.
-        hub_names: each linear layer's full name in the checkpoint, by its name in the block.
+        named: layers of the block that `modules_to_not_convert` names.
     """
     with torch.no_grad():
         structure = propose(block, run, probe_run)
         proofs = prove(block, structure.folds, run)
-    skipped = _skip_reasons(block, structure, config, hub_names)
+    skipped = _skip_reasons(block, structure, config, named)
     layers = tuple(name for members in structure.inputs.values() for name in members if name not in skipped)
     return KindPlan(type(block).__name__, structure, proofs, layers, skipped)
 
 
-def kinds_of(blocks: Sequence[nn.Module]) -> list[list[int]]:
-    """Indices of the blocks of each kind, kinds in order of first appearance."""
+def kinds_of(blocks: Sequence[nn.Module], named: Sequence[frozenset[str]]) -> list[list[int]]:
+    """Indices of the blocks of each kind, kinds in order of first appearance.
+
+    Args:
+        blocks: the decoder blocks.
+        named: for each block its layers that the user wants left alone; blocks differ by them too.
+    """
     kinds: dict[tuple[Any, ...], list[int]] = {}
-    for index, block in enumerate(blocks):
-        kinds.setdefault(kind_of(block), []).append(index)
+    for index, (block, names) in enumerate(zip(blocks, named, strict=True)):
+        kinds.setdefault((kind_of(block), names), []).append(index)
     return list(kinds.values())
 
 
 def _skip_reasons(
-    block: nn.Module, structure: Structure, config: QuantConfig, hub_names: dict[str, str]
+    block: nn.Module, structure: Structure, config: QuantConfig, named: frozenset[str]
 ) -> dict[str, str]:
     reasons: dict[str, str] = {}
     layout = get_format(config.format)
     ran = {name for members in structure.inputs.values() for name in members}
     for name, linear in linears_of(block).items():
         size = config.effective_group_size(linear.in_features)
-        if any(part in hub_names[name] for part in config.modules_to_not_convert):
+        if name in named:
             reasons[name] = "named in modules_to_not_convert"
         elif name not in ran:
             reasons[name] = "did not run on the probe text"
@@ -125,13 +130,14 @@ def require_layers(kinds: Sequence[KindPlan], config: QuantConfig, blocks: Seque
     """Refuse a setting that would quantize nothing.
 
     Raises:
-        ConfigError: with the largest group size that would serve some layer.
+        ConfigError: with the group size that would serve most layers.
     """
     if any(kind.layers for kind in kinds):
         return
     widths = [linear.in_features for block in blocks for linear in linears_of(block).values()]
-    sizes = [size for size in (128, 64, 32, 16, 8) if any(width % size == 0 for width in widths)]
-    cure = f"; group_size={sizes[0]} would" if sizes and sizes[0] != config.group_size else ""
+    served = {size: sum(width % size == 0 for width in widths) for size in (128, 64, 32, 16, 8)}
+    best = max(served, key=lambda size: (served[size], size))
+    cure = f"; group_size={best} would serve {served[best]} of {len(widths)}" if served[best] else ""
     reasons = sorted({reason for kind in kinds for reason in kind.skipped.values()})
     raise ConfigError(
         f"group_size={config.group_size} with bits={config.bits} serves no layer of this model{cure} "
@@ -147,11 +153,13 @@ class Files:
         shards: the files to be written.
         copies: `{checkpoint key: key}` of tensors that are carried over byte by byte or cast.
         dtypes: storage dtype of each float tensor that is written anew, by checkpoint key.
+        unused: tensors among the copies that the model class does not use.
     """
 
     shards: list[ShardPlan]
     copies: list[str]
     dtypes: dict[str, torch.dtype]
+    unused: list[str]
 
     @property
     def bytes(self) -> int:
@@ -198,7 +206,8 @@ def plan_files(
             plans.append(tensor_plan(key, dtypes[key], info.shape))
         else:
             plans.append(TensorPlan(key, info.dtype, info.shape, info.bytes))
-    return Files(plan_shards(plans, max_shard_bytes), copies, dtypes)
+    unused = skeleton.unused()
+    return Files(plan_shards(plans, max_shard_bytes, unused), copies, dtypes, unused)
 
 
 def storage_dtype(config: QuantConfig, stored: str) -> torch.dtype:

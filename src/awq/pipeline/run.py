@@ -106,6 +106,7 @@ def quantize(
         seq_len=seq_len,
         split=split,
         text_column=text_column,
+        vocab_size=skeleton.vocabulary,
     )
     skeleton.reader.check_finite()
     return run.go(skeleton, calibration, batch_tokens, max_shard_bytes, overwrite)
@@ -202,6 +203,11 @@ class _Run:
                 resumed_at=len(journal.blocks),
             )
             self.progress.planned(plan)
+            if files.unused:
+                first, count = files.unused[0], len(files.unused)
+                self.progress.note(
+                    f"{count} tensors the model does not use are carried over ({first} …)"
+                )
             if journal.resumed:
                 feed.hidden = journal.hidden()
             self.seconds["prepare"] = time.perf_counter() - self.started

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from awq.errors import DiskFullError, OutputError
+from awq.model.weights import UNUSED_KEY
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -68,8 +69,16 @@ def tensor_plan(name: str, dtype: torch.dtype, shape: Sequence[int]) -> TensorPl
     return TensorPlan(name, DTYPE_NAMES[dtype], tuple(shape), count * dtype.itemsize)
 
 
-def plan_shards(tensors: Iterable[TensorPlan], max_bytes: int) -> list[ShardPlan]:
-    """Distribute tensors, in order, over files of at most `max_bytes` (a larger one stands alone)."""
+def plan_shards(tensors: Iterable[TensorPlan], max_bytes: int, unused: Sequence[str] = ()) -> list[ShardPlan]:
+    """Distribute tensors, in order, over files of at most `max_bytes` (a larger one stands alone).
+
+    Args:
+        tensors: what is to be written.
+        max_bytes: of a file.
+        unused: tensors that the model class does not use and that are carried over all the same; noted in
+            each file's metadata, so that a loader can tell them from a checkpoint that does not fit.
+    """
+    metadata = {"format": "pt"} | ({UNUSED_KEY: "\n".join(unused)} if unused else {})
     shards: list[list[TensorPlan]] = [[]]
     filled = 0
     for tensor in tensors:
@@ -79,15 +88,15 @@ def plan_shards(tensors: Iterable[TensorPlan], max_bytes: int) -> list[ShardPlan
         shards[-1].append(tensor)
         filled += tensor.bytes
     count = len(shards)
-    return [_lay_out(_shard_name(i, count), members) for i, members in enumerate(shards)]
+    return [_lay_out(_shard_name(i, count), members, metadata) for i, members in enumerate(shards)]
 
 
 def _shard_name(number: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _lay_out(name: str, tensors: list[TensorPlan]) -> ShardPlan:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def _lay_out(name: str, tensors: list[TensorPlan], metadata: dict[str, str]) -> ShardPlan:
+    entries: dict[str, object] = {"__metadata__": metadata}
     offsets: dict[str, tuple[int, int]] = {}
     end = 0
     for tensor in sorted(tensors, key=lambda t: (-_BITS.get(t.dtype, 8), t.name)):

@@ -1,0 +1,59 @@
+"""Shared fixtures: the shipped model, tiny random models, and a quantized checkpoint made once."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BOOKS6M = Path(str(resources.files("awq").joinpath("data/books6m")))
+
+# Sizes common to the tiny models: every linear layer divides by groups of 32 and by 8 rows.
+_SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 128,
+    "intermediate_size": 128,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture(scope="session")
+def books6m() -> Path:
+    """The trained model that ships with the package."""
+    return BOOKS6M
+
+
+def tiny_model(model_type: str, **changes: Any) -> Any:
+    """A random float32 model with lively norms, from transformers' own configuration class."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **{**_SIZES, **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        spread = 0.5 if parameter.dim() == 1 else 0.1
+        parameter.data += torch.randn(parameter.shape, generator=generator) * spread
+    return model
+
+
+@pytest.fixture
+def tiny() -> Any:
+    """The maker of tiny models."""
+    return tiny_model
+
+
+@pytest.fixture(scope="session")
+def token_lists() -> list[list[int]]:
+    """Ragged calibration samples for the tiny models."""
+    generator = torch.Generator().manual_seed(2)
+    lengths = (40, 40, 40, 33, 21, 40, 7, 1)
+    return [torch.randint(3, 128, (n,), generator=generator).tolist() for n in lengths]
