@@ -205,9 +205,7 @@ class _Run:
             self.progress.planned(plan)
             if files.unused:
                 first, count = files.unused[0], len(files.unused)
-                self.progress.note(
-                    f"{count} tensors the model does not use are carried over ({first} …)"
-                )
+                self.progress.note(f"{count} tensors the model does not use are carried over ({first} …)")
             if journal.resumed:
                 feed.hidden = journal.hidden()
             self.seconds["prepare"] = time.perf_counter() - self.started
