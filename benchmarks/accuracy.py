@@ -8,56 +8,63 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 
-from autoawq_reference import autoawq, plain_rounding
+from autoawq_reference import autoawq, plain_rounding, quantizable
 from awq import QuantConfig
 from awq.evaluate import Divergence, compare
 from awq.pipeline import quantize
 from common import Subject, add_subject_options, console, finish, subjects
 
 
-def ours(subject: Subject, bits: int, group_size: int) -> Any:
+def ours(subject: Subject, original: Any, bits: int, group_size: int) -> Any:
     """The model as OpenAWQ writes and transformers reads it, in float32."""
     from transformers import AutoModelForCausalLM
 
+    linears = [(name, m) for name, m in original.named_modules() if isinstance(m, torch.nn.Linear)]
+    # The format for plain values takes any width; here the layers that no packed layout takes stay float.
+    skip = tuple(name for name, layer in linears if not quantizable(layer, group_size))
+    config = QuantConfig(
+        bits=bits, group_size=group_size, format="float", dtype="float32", modules_to_not_convert=skip
+    )
     with tempfile.TemporaryDirectory() as folder:
-        config = QuantConfig(bits=bits, group_size=group_size, format="float", dtype="float32")
-        out = Path(folder) / "out"
         quantize(
             subject.folder,
-            out,
+            Path(folder) / "out",
             config,
             [row.tolist() for row in subject.calibration],
             samples=len(subject.calibration),
             seq_len=subject.window,
         )
-        return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(Path(folder) / "out", dtype=torch.float32).eval()
 
 
 def measure(subject: Subject, settings: list[tuple[int, int]]) -> dict[str, dict[str, Divergence]]:
     """`{setting: {method: result}}`."""
-    original = subject.float_model()
+    original, samples = subject.float_model(), subject.calibration
     results: dict[str, dict[str, Divergence]] = {}
     for bits, group_size in settings:
         models = {
-            "plain rounding": lambda b=bits, g=group_size: plain_rounding(original, b, g),
-            "AutoAWQ's procedure": lambda b=bits, g=group_size: autoawq(original, subject.calibration, b, g)[
-                0
-            ],
-            "OpenAWQ": lambda b=bits, g=group_size: ours(subject, b, g),
+            "plain rounding": partial(plain_rounding, original, bits, group_size),
+            "AutoAWQ's procedure": partial(procedure, original, samples, bits, group_size),
+            "OpenAWQ": partial(ours, subject, original, bits, group_size),
         }
-        column = results.setdefault(f"W{bits} g{group_size}", {})
+        setting = f"W{bits} g{group_size}"
+        column = results.setdefault(setting, {})
         for name, make in models.items():
             column[name] = compare(make(), original, subject.evaluation, window=subject.window)
-            console.print(
-                f"{subject.name} W{bits} g{group_size} {name}: KL {column[name].kl:.6f}", style="dim"
-            )
+            console.print(f"{subject.name} {setting} {name}: KL {column[name].kl:.6f}", style="dim")
     return results
+
+
+def procedure(original: Any, samples: torch.Tensor, bits: int, group_size: int) -> Any:
+    """AutoAWQ's procedure, without its seconds."""
+    return autoawq(original, samples, bits, group_size)[0]
 
 
 def show(subject: Subject, results: dict[str, dict[str, Divergence]]) -> None:

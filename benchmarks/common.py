@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from awq.calibration import load_calibration
-from awq.evaluate import token_ids
+from awq.evaluate import document_ids
 
 console = Console(soft_wrap=True, highlight=False)
 
@@ -27,7 +27,7 @@ class Subject:
     name: str
     folder: Path
     calibration: Tensor
-    evaluation: Tensor
+    evaluation: list[Tensor]
     window: int
 
     def float_model(self) -> Any:
@@ -76,11 +76,16 @@ def _subject(folder: Path, calib: str, text: str, options: argparse.Namespace) -
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    calibration = load_calibration(calib, tokenizer, samples=options.samples, seq_len=options.seq_len)
-    ids = token_ids(text, tokenizer)[: options.windows * options.seq_len]
-    # The reference takes samples of one length only.
-    whole = [sample for sample in calibration.samples if len(sample) == options.seq_len]
-    return Subject(folder.name, folder, torch.stack(whole), ids, options.seq_len)
+    wanted = 4 * options.samples  # the reference takes samples of one length only
+    found = load_calibration(calib, tokenizer, samples=wanted, seq_len=options.seq_len, long="truncate")
+    whole = [sample for sample in found.samples if len(sample) == options.seq_len]
+    stride = max(1, len(whole) // options.samples)
+    documents = [ids[: options.windows * options.seq_len] for ids in document_ids(text, tokenizer)]
+    if len(documents) > 1:
+        documents = [ids[: options.seq_len] for ids in documents[: options.windows]]
+    return Subject(
+        folder.name, folder, torch.stack(whole[::stride][: options.samples]), documents, options.seq_len
+    )
 
 
 def finish(options: argparse.Namespace, figures: dict[str, Any]) -> None:

@@ -77,10 +77,11 @@ def load_calibration(
 ) -> CalibrationSet:
     """Make calibration samples.
 
-    A .txt file (and `bundled`) is one running text; its windows are spread evenly over it. Everything else
-    is documents, taken in their order (a data set's after a seeded shuffle) until there are enough samples;
-    blank ones are passed over. The tokenizer starts a text as it does by default (with `<s>`, where it does
-    that): once per document or running text, never again at each window.
+    A .txt file (and `bundled`) is one running text; its windows are spread evenly over it. Everything else,
+    and a .txt file with `<|endoftext|>` between its documents, is documents, taken in their order (a data
+    set's after a seeded shuffle) until there are enough samples; blank ones are passed over. The tokenizer
+    starts a text as it does by default (with `<s>`, where it does that): once per document or running text,
+    never again at each window.
 
     Args:
         source: `bundled`; a .txt, .jsonl or .json file; `pileval`, `wikitext`, or a hub data set

@@ -21,6 +21,8 @@ _HUB = {
     "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train"),
 }
 _RUNNING_TEXT = (".txt", ".text", ".md", "")
+# Written between the documents of a text file by the makers of many corpora; no model should read it.
+_SEPARATOR = "<|endoftext|>"
 _OFFLINE = "without a network, use `bundled` or a local .txt or .jsonl file"
 # Rows a streamed data set is shuffled among: they are fetched before the first one is used.
 _SHUFFLE_ROWS = 1000
@@ -67,19 +69,28 @@ def bundled_text(name: str) -> str:
 def read_text(name: str, text_column: str = "text") -> str:
     """One running text: `bundled` (the held-out books), a text file, or a .jsonl or .json file.
 
-    The documents of a jsonl or json file are joined by an empty line, as is usual for perplexity.
+    Documents are joined by an empty line, as is usual for perplexity.
+
+    Raises:
+        CalibrationError: the file is not readable as text, or holds chats or token ids.
+        MissingFileError: the file does not exist.
+    """
+    return "\n\n".join(read_documents(name, text_column))
+
+
+def read_documents(name: str, text_column: str = "text") -> list[str]:
+    """The documents of the same sources, one by one; a running text is one document.
 
     Raises:
         CalibrationError: the file is not readable as text, or holds chats or token ids.
         MissingFileError: the file does not exist.
     """
     if name == "bundled":
-        return bundled_text("evaluation")
-    documents = _open_file(Path(name).expanduser(), text_column)
-    items = list(documents.items)
+        return [bundled_text("evaluation")]
+    items = list(_open_file(Path(name).expanduser(), text_column).items)
     if not all(isinstance(item, str) for item in items):
         raise CalibrationError(f"{name} holds more than texts; evaluation takes texts only")
-    return "\n\n".join(items)
+    return items
 
 
 def _open_name(name: str, split: str | None, text_column: str, seed: int) -> Documents:
@@ -110,7 +121,11 @@ def _open_file(path: Path, text_column: str) -> Documents:
         return Documents(str(path), _json(path, text_column))
     if path.suffix not in _RUNNING_TEXT:
         raise CalibrationError(f"{path}: {path.suffix} files are not read; give a .txt, .jsonl or .json file")
-    return Documents(str(path), [_decode(path.read_bytes(), str(path))], running_text=True)
+    text = _decode(path.read_bytes(), str(path))
+    if _SEPARATOR in text:
+        parts = [part.strip() for part in text.split(_SEPARATOR)]
+        return Documents(str(path), [part for part in parts if part])
+    return Documents(str(path), [text], running_text=True)
 
 
 def _decode(data: bytes, where: str) -> str:

@@ -18,6 +18,7 @@ def command(
     against: Annotated[str | None, typer.Option(help="The original to compare with.")] = None,
     window: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
     stride: Annotated[int | None, typer.Option(help="Tokens between windows; the window by default.")] = None,
+    documents: Annotated[bool, typer.Option(help="Each document by itself, instead of joined.")] = False,
     max_tokens: Annotated[int | None, typer.Option(help="Use the beginning of the text only.")] = None,
     batch_size: Annotated[int, typer.Option(help="Windows run at once.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
@@ -28,7 +29,7 @@ def command(
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
 ) -> None:
     """Judge a model on a text: perplexity, KL divergence and agreement with the original."""
-    from awq.evaluate import compare, perplexity, token_ids
+    from awq.evaluate import compare, document_ids, perplexity, token_ids
     from awq.model import pick_device
 
     if batch_size < 1 or (max_tokens is not None and max_tokens < 1):
@@ -44,7 +45,7 @@ def command(
         "max_tokens": max_tokens,
         "batch_size": batch_size,
     }
-    ids = token_ids(text, load_tokenizer(model, trust_remote_code))
+    ids = (document_ids if documents else token_ids)(text, load_tokenizer(model, trust_remote_code))
     table = Table(title=f"{model} on {text} ({str(judged.dtype).removeprefix('torch.')})")
     table.add_column("figure")
     table.add_column("value", justify="right")

@@ -3,7 +3,7 @@
 from awq.evaluate.divergence import Divergence, compare
 from awq.evaluate.perplexity import Perplexity, perplexity
 from awq.evaluate.speed import Speed, generation_speeds
-from awq.evaluate.text import token_ids
+from awq.evaluate.text import document_ids, token_ids
 from awq.evaluate.windows import Window, windows
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Speed",
     "Window",
     "compare",
+    "document_ids",
     "generation_speeds",
     "perplexity",
     "token_ids",

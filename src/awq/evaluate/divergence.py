@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class Divergence:
 def compare(
     model: Any,
     reference: Any,
-    ids: Tensor,
+    ids: Tensor | Sequence[Tensor],
     *,
     window: int = 512,
     stride: int | None = None,

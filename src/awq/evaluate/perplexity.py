@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class Perplexity:
     def definition(self) -> str:
         """One sentence."""
         return (
-            f"exp(mean negative log-likelihood) over {self.windows} windows of {self.window} tokens, "
+            f"exp(mean negative log-likelihood) over {self.windows} windows of up to {self.window} tokens, "
             f"stride {self.stride}, {self.tokens:,} tokens scored"
         )
 
@@ -60,7 +61,7 @@ class Perplexity:
 @torch.no_grad()
 def perplexity(
     model: Any,
-    ids: Tensor,
+    ids: Tensor | Sequence[Tensor],
     *,
     window: int = 512,
     stride: int | None = None,
@@ -71,7 +72,7 @@ def perplexity(
 
     Args:
         model: a transformers causal language model.
-        ids: int64 `[tokens]`.
+        ids: int64 `[tokens]`, or a list of them for separate documents.
         window, stride, max_tokens: see `awq.evaluate.windows`.
         batch_size: windows run at once.
 

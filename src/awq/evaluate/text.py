@@ -1,4 +1,4 @@
-"""The tokens of an evaluation text."""
+"""The tokens of an evaluation text: as one running text, or document by document."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awq.calibration import read_text
+from awq.calibration import read_documents, read_text
 from awq.errors import CalibrationError
 
 
@@ -25,4 +25,22 @@ def token_ids(source: str | Path, tokenizer: Any) -> Tensor:
     text = read_text(str(source))
     if not text.strip():
         raise CalibrationError(f"{source} holds no text")
+    return _tokens(text, tokenizer)
+
+
+def document_ids(source: str | Path, tokenizer: Any) -> list[Tensor]:
+    """Tokens of each document by itself, int64 `[tokens]` each, blank ones left out.
+
+    Args: as for `token_ids`; a text file without separators is one document.
+
+    Raises:
+        MissingFileError, CalibrationError: the text cannot be read, or is empty.
+    """
+    documents = [_tokens(text, tokenizer) for text in read_documents(str(source)) if text.strip()]
+    if not documents:
+        raise CalibrationError(f"{source} holds no text")
+    return documents
+
+
+def _tokens(text: str, tokenizer: Any) -> Tensor:
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)

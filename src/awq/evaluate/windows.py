@@ -27,38 +27,65 @@ class Window:
 
 
 def windows(
-    ids: Tensor, window: int, stride: int | None = None, max_tokens: int | None = None
+    ids: Tensor | Sequence[Tensor], window: int, stride: int | None = None, max_tokens: int | None = None
 ) -> list[Window]:
     """Cut a text in windows.
 
     Args:
-        ids: int64 `[tokens]`.
-        window: tokens of a window. A shorter rest at the end is left out.
+        ids: int64 `[tokens]` for a running text, whose rest shorter than a window is left out; or a list of
+            them for documents, each cut by itself, whose shorter rests are windows too.
+        window: tokens of a window.
         stride: tokens from one window's start to the next one's; `window` by default, so that windows do not
             overlap. With overlap only the tokens not scored before are scored.
         max_tokens: use this many tokens of the text at most.
 
     Raises:
         ConfigError: sizes have no meaning.
-        CalibrationError: the text is shorter than one window.
+        CalibrationError: the text is shorter than one window, or no document has two tokens.
     """
     stride = stride or window
     if window < 2 or not 1 <= stride <= window:
         raise ConfigError(f"window={window} must be at least 2, and stride={stride} between 1 and it")
-    ids = ids[:max_tokens] if max_tokens else ids
-    if len(ids) < window:
-        raise CalibrationError(f"the text has {len(ids)} tokens, fewer than one window of {window}")
-    begins = range(0, len(ids) - window + 1, stride)
-    return [Window(ids[b : b + window], max(1, window - stride if b else 1)) for b in begins]
+    if isinstance(ids, Tensor):
+        ids = ids[:max_tokens] if max_tokens else ids
+        if len(ids) < window:
+            raise CalibrationError(f"the text has {len(ids)} tokens, fewer than one window of {window}")
+        begins = range(0, len(ids) - window + 1, stride)
+        return [Window(ids[b : b + window], max(1, window - stride if b else 1)) for b in begins]
+    found = [part for document in ids for part in _windows_of_document(document, window, stride)]
+    if max_tokens:
+        found = list(_up_to(found, max_tokens))
+    if not found:
+        raise CalibrationError("no document has two tokens or more: there is nothing to predict")
+    return found
+
+
+def _windows_of_document(ids: Tensor, window: int, stride: int) -> Iterator[Window]:
+    for begin in range(0, max(1, len(ids) - window + stride), stride):
+        first = window - stride if begin else 1
+        part = ids[begin : begin + window]
+        if len(part) > max(1, first):
+            yield Window(part, max(1, first))
+
+
+def _up_to(found: Sequence[Window], tokens: int) -> Iterator[Window]:
+    for item in found:
+        tokens -= len(item.ids)
+        if tokens < 0:
+            return
+        yield item
 
 
 def batches(items: Sequence[Window], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """`(ids [batch, window], scored [batch, window - 1] bool)`; scored[:, i] is for predicting i + 1."""
+    """`(ids [batch, window], scored [batch, window - 1] bool)`; scored[:, i] is for predicting i + 1.
+
+    Shorter windows are padded on the right, where a causal model's real tokens never see it.
+    """
     for begin in range(0, len(items), size):
         part = items[begin : begin + size]
-        ids = torch.stack([item.ids for item in part])
+        ids = torch.nn.utils.rnn.pad_sequence([item.ids for item in part], batch_first=True)
         place = torch.arange(1, ids.shape[1])
-        yield ids, torch.stack([place >= item.first for item in part])
+        yield ids, torch.stack([(place >= item.first) & (place < len(item.ids)) for item in part])
 
 
 @dataclasses.dataclass
