@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -43,7 +43,7 @@ def discover(
         block, name = blocks[first], f"{list_name}.{first}"
         skeleton.load(block, name, device)
         long, single = feed.probes_at(first)
-        with exact_matmul():
+        with matmul_precision("highest"):
             kind = discover_kind(
                 block,
                 partial(long.run, block, device),
@@ -88,10 +88,14 @@ def structure_of(folder: Path, config: QuantConfig, trust_remote_code: bool = Fa
 
 
 @contextmanager
-def exact_matmul() -> Iterator[None]:
-    """Full float32 products for the time of a proof; elsewhere an accelerator may use faster ones."""
+def matmul_precision(name: Literal["highest", "high"]) -> Iterator[None]:
+    """Float32 products in full (`highest`, for proofs), or by an accelerator's faster units (`high`).
+
+    Statistics and losses bear ten bits of mantissa in each factor: they sum over thousands of tokens, and
+    candidates are compared under the same rounding.
+    """
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision(name)
     try:
         yield
     finally:

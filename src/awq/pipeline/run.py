@@ -22,7 +22,7 @@ from awq.model.fetch import resolve
 from awq.model.groups import linears_of
 from awq.model.invariance import prove
 from awq.pipeline.block import BlockResult, make_judge, measure, quantize_block, report_of
-from awq.pipeline.discover import discover, exact_matmul
+from awq.pipeline.discover import discover, matmul_precision
 from awq.pipeline.feed import Feed
 from awq.pipeline.finish import cast, finish
 from awq.pipeline.journal import Journal, check_output, lock, open_journal, recognise
@@ -209,17 +209,10 @@ class _Run:
             if journal.resumed:
                 feed.hidden = journal.hidden()
             self.seconds["prepare"] = time.perf_counter() - self.started
-            for index in range(len(journal.blocks), len(blocks)):
-                self._block(
-                    skeleton,
-                    f"{list_name}.{index}",
-                    index,
-                    kind_of_block[index],
-                    feed,
-                    files,
-                    writer,
-                    journal,
-                )
+            with matmul_precision("high" if self.device.type == "cuda" else "highest"):
+                for index in range(len(journal.blocks), len(blocks)):
+                    kind = kind_of_block[index]
+                    self._block(skeleton, f"{list_name}.{index}", index, kind, feed, files, writer, journal)
             with self._timed("write"):
                 reports = [
                     BlockReport(entry["name"], entry["seconds"], entry["outcome"]) for entry in journal.blocks
@@ -266,7 +259,7 @@ class _Run:
             skeleton.load(block, name, self.device)
             stats, outputs = self._measured(block, kind, feed, index)
             long, single = feed.probes_at(index)
-            with exact_matmul():
+            with matmul_precision("highest"):
                 proofs = prove(block, kind.folds, lambda: long.run(block, self.device))
             behind = [probe.run(block, self.device).to(probe.hidden.device) for probe in (long, single)]
         for proof in proofs:

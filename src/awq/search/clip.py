@@ -2,7 +2,7 @@
 
 For each row and group the error is δᵀ G_gg δ, with the group's own diagonal block of G: every token counts.
 The two ends are searched separately, since weights are rarely symmetric: first both together as the paper
-does (arXiv 2306.00978, section 4), then the low end alone, then the high end alone.
+does (arXiv 2306.00978, section 4), then the low end alone around that, then the high end alone.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from torch import Tensor
 from awq.search.gram import InputStats
 from awq.search.rounding import fake_quantize, full_range
 
-# Rows searched together: bounds the temporaries to a few times this many rows.
-_ROWS = 1024
+# Weights searched together: on a processor few enough for its caches, on an accelerator many for its width.
+_CPU_WEIGHTS, _DEVICE_WEIGHTS = 1 << 18, 1 << 25
+# Where each end is sought around the best common shrinking, in steps.
+_OFFSETS = (-4, -2, -1, 1, 2, 4)
 
 
 def search_clip(
@@ -37,7 +39,9 @@ def search_clip(
     """
     blocks = stats.diagonal_blocks(group_size)
     ratios = [1 - shrink * k / steps for k in range(steps)]
-    pieces = [_search_rows(rows, blocks, bits, group_size, dtype, ratios) for rows in weight.split(_ROWS)]
+    together = _CPU_WEIGHTS if weight.device.type == "cpu" else _DEVICE_WEIGHTS
+    parts = weight.split(max(8, together // weight.shape[1]))
+    pieces = [_search_rows(rows, blocks, bits, group_size, dtype, ratios) for rows in parts]
     lows, highs = zip(*pieces, strict=True)
     return torch.cat(lows), torch.cat(highs)
 
@@ -52,16 +56,22 @@ def _search_rows(
         grouped = delta.view(weight.shape[0], -1, group_size).transpose(0, 1)
         return (torch.bmm(grouped, blocks) * grouped).sum(-1).t().contiguous()
 
-    best_low, best_high = low, high
     best = error(low, high)
-    for ends in ((True, True), (True, False), (False, True)):
-        fixed_low, fixed_high = best_low, best_high
-        for ratio in ratios:
-            try_low = low * ratio if ends[0] else fixed_low
-            try_high = high * ratio if ends[1] else fixed_high
-            loss = error(try_low, try_high)
+    index = torch.zeros_like(low)
+    for k, ratio in enumerate(ratios[1:], 1):
+        loss = error(low * ratio, high * ratio)
+        better = loss < best
+        best = torch.where(better, loss, best)
+        index = torch.where(better, torch.full_like(index, k), index)
+    spacing = ratios[0] - ratios[1] if len(ratios) > 1 else 0.0
+    start = 1 - spacing * index
+    ends = [start, start.clone()]
+    for end in (0, 1):
+        for offset in _OFFSETS:
+            trial = (start + offset * spacing).clamp(min=ratios[-1], max=1.0)
+            pair = [trial if side == end else ends[side] for side in (0, 1)]
+            loss = error(low * pair[0], high * pair[1])
             better = loss < best
             best = torch.where(better, loss, best)
-            best_low = torch.where(better, try_low, best_low)
-            best_high = torch.where(better, try_high, best_high)
-    return best_low, best_high
+            ends[end] = torch.where(better, trial, ends[end])
+    return low * ends[0], high * ends[1]
