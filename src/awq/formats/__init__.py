@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
-import torch
-from torch import Tensor
-
 from awq.errors import ConfigError
-from awq.formats import gemm, plain
-from awq.weight import QuantizedWeight
+from awq.formats import compressed_tensors, gemm, gemv, marlin, mlx, plain
+from awq.formats.gptq import gptq, gptq_v2
+from awq.formats.interleaved import gemv_fast, llm_awq
+from awq.formats.layout import LayerShape, Layout
 
-__all__ = ["Layout", "gemm", "get_format", "plain"]
+__all__ = ["LAYOUTS", "LayerShape", "Layout", "gemm", "get_format", "plain"]
 
-
-class Layout(Protocol):
-    """What each layout offers."""
-
-    def supports(self, out_features: int, in_features: int, group_size: int, bits: int) -> str | None:
-        """Why a layer cannot be held, or None when it can."""
-
-    def packed_shapes(
-        self, out_features: int, in_features: int, group_size: int, scales_dtype: torch.dtype
-    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Dtype and shape of each tensor that stands for a layer's weight, by suffix."""
-
-    def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
-        """The tensors that stand for a weight, by suffix."""
-
-    def unpack(self, tensors: dict[str, Tensor], bits: int = 4) -> QuantizedWeight:
-        """The weight behind such tensors."""
-
-
-_LAYOUTS: dict[str, Layout] = {"gemm": gemm, "float": plain}
+LAYOUTS: dict[str, Layout] = {
+    "gemm": gemm,
+    "gemv": gemv,
+    "gemv_fast": gemv_fast,
+    "llm_awq": llm_awq,
+    "gptq": gptq,
+    "gptq_v2": gptq_v2,
+    "compressed-tensors": compressed_tensors,
+    "mlx": mlx,
+    "marlin": marlin,
+    "float": plain,
+}
 
 
 def get_format(name: str) -> Layout:
@@ -42,6 +31,6 @@ def get_format(name: str) -> Layout:
         ConfigError: there is none.
     """
     try:
-        return _LAYOUTS[name]
+        return LAYOUTS[name]
     except KeyError:
-        raise ConfigError(f"format {name!r} is unknown; known are: {', '.join(_LAYOUTS)}") from None
+        raise ConfigError(f"format {name!r} is unknown; known are: {', '.join(LAYOUTS)}") from None
