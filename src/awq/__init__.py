@@ -21,11 +21,28 @@ if TYPE_CHECKING:
     from awq.auto import AutoAWQForCausalLM
     from awq.hf import load_quantized
     from awq.pipeline import quantize
+    from awq.pipeline.convert import convert
+    from awq.pipeline.export import export
 
 __version__ = "0.1.0"
-__all__ = ["AutoAWQForCausalLM", "AwqError", "QuantConfig", "__version__", "load_quantized", "quantize"]
+__all__ = [
+    "AutoAWQForCausalLM",
+    "AwqError",
+    "QuantConfig",
+    "__version__",
+    "convert",
+    "export",
+    "load_quantized",
+    "quantize",
+]
 
-_LAZY = {"AutoAWQForCausalLM": "awq.auto", "load_quantized": "awq.hf", "quantize": "awq.pipeline"}
+_LAZY = {
+    "AutoAWQForCausalLM": "awq.auto",
+    "convert": "awq.pipeline.convert",
+    "export": "awq.pipeline.export",
+    "load_quantized": "awq.hf",
+    "quantize": "awq.pipeline",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from awq.cli import demo, evaluate, generate, inspect, quantize
+from awq.cli import convert, demo, evaluate, generate, inspect, quantize
 from awq.errors import AwqError
 
 app = typer.Typer(
@@ -43,6 +43,8 @@ app.command("quantize")(quantize.command)
 app.command("eval")(evaluate.command)
 app.command("generate")(generate.command)
 app.command("inspect")(inspect.command)
+app.command("convert")(convert.command)
+app.command("export")(convert.export_command)
 app.command("demo")(demo.command)
 
 

@@ -8,7 +8,7 @@ from awq.formats.gptq import gptq, gptq_v2
 from awq.formats.interleaved import gemv_fast, llm_awq
 from awq.formats.layout import LayerShape, Layout
 
-__all__ = ["LAYOUTS", "LayerShape", "Layout", "gemm", "get_format", "plain"]
+__all__ = ["LAYOUTS", "LayerShape", "Layout", "gemm", "get_format", "mlx", "plain"]
 
 LAYOUTS: dict[str, Layout] = {
     "gemm": gemm,

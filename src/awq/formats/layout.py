@@ -201,7 +201,7 @@ def integer_zeros(products: Tensor, scales: Tensor, bits: int) -> Tensor:
         row, group = (int(index) for index in wrong.nonzero()[0])
         raise CorruptFileError(
             f"{int(wrong.sum())} groups have an offset that is no zero point of {bits} bits (row {row}, "
-            f"group {group}: offset {float(product[row, group]):.6g}, scale {float(scale[row, group]):.6g}), so "
+            f"group {group}: offset {float(product[row, group]):.6g}, scale {float(scale[row, group]):.6g}); "
             "the weight has no exact form in the other layouts"
         )
     return zeros.to(torch.uint8)

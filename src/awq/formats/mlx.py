@@ -37,12 +37,12 @@ def supports(out_features: int, in_features: int, group_size: int, bits: int) ->
 
 
 def packed_shapes(
-    out_features: int, in_features: int, group_size: int, scales_dtype: torch.dtype, bits: int = 4
+    out_features: int, in_features: int, group_size: int, scales_dtype: torch.dtype
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of each tensor, by suffix."""
+    """Dtype and shape of each tensor of 4 bits, by suffix."""
     groups = in_features // group_size
     return {
-        "weight": (torch.uint32, (out_features, in_features * bits // 32)),
+        "weight": (torch.uint32, (out_features, in_features // 8)),
         "scales": (scales_dtype, (out_features, groups)),
         "biases": (scales_dtype, (out_features, groups)),
     }

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -22,7 +23,8 @@ from awq.pipeline.writer import ShardWriter, disk_errors
 REPORT_NAME = "awq_report.json"
 # Weights in other spellings, which would contradict the quantized ones.
 _FOREIGN_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt")
-_REWRITTEN = {"config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", REPORT_NAME}
+INDEXES = {"model.safetensors.index.json", "pytorch_model.bin.index.json"}
+_REWRITTEN = {"config.json", REPORT_NAME} | INDEXES
 
 
 def finish(
@@ -49,7 +51,7 @@ def finish(
     journal.complete = True
     journal.save()
     writer.publish(out)
-    _copy_files(skeleton.folder, out)
+    copy_files(skeleton.folder, out, _REWRITTEN)
     write_json(out / REPORT_NAME, report.to_dict(timings=False))
     write_json(out / "config.json", _config(skeleton, config, skipped))
 
@@ -76,12 +78,17 @@ def _config(skeleton: Skeleton, config: QuantConfig, skipped: list[str]) -> dict
     return value
 
 
-def _copy_files(folder: Path, out: Path) -> None:
-    """Copy what is no weight: tokenizer, processor, chat template, generation settings, code, licence."""
+def copy_files(folder: Path, out: Path, rewritten: Collection[str]) -> None:
+    """Copy what is no weight: tokenizer, processor, chat template, generation settings, code, licence.
+
+    Args:
+        folder, out: from where to where.
+        rewritten: names of files that are written anew, or have no meaning any more.
+    """
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if not path.is_file() or hidden or relative.name in _REWRITTEN or path.suffix in _FOREIGN_WEIGHTS:
+        if not path.is_file() or hidden or relative.name in rewritten or path.suffix in _FOREIGN_WEIGHTS:
             continue
         target = out / relative
         with disk_errors(target):

@@ -99,7 +99,7 @@ def open_journal(out: Path, settings: dict[str, Any], batch_tokens: int, overwri
         if work.exists():
             shutil.rmtree(work)
         for path in out.iterdir() if out.exists() else ():
-            _remove_result(path)
+            remove_result(path)
         work.mkdir(parents=True, exist_ok=True)
     journal = Journal(work, settings, batch_tokens)
     journal.save()
@@ -126,7 +126,7 @@ def check_output(out: Path, settings: dict[str, Any], overwrite: bool) -> Journa
     return None
 
 
-def _remove_result(path: Path) -> None:
+def remove_result(path: Path) -> None:
     """Overwriting removes what a checkpoint consists of, and leaves everything else alone."""
     if path.is_file() and (path.suffix == ".safetensors" or path.name.endswith(".json")):
         path.unlink()

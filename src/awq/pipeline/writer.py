@@ -33,6 +33,7 @@ DTYPE_NAMES = {
     torch.bfloat16: "BF16",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.uint32: "U32",
     torch.int16: "I16",
     torch.int8: "I8",
     torch.uint8: "U8",
@@ -69,7 +70,9 @@ def tensor_plan(name: str, dtype: torch.dtype, shape: Sequence[int]) -> TensorPl
     return TensorPlan(name, DTYPE_NAMES[dtype], tuple(shape), count * dtype.itemsize)
 
 
-def plan_shards(tensors: Iterable[TensorPlan], max_bytes: int, unused: Sequence[str] = ()) -> list[ShardPlan]:
+def plan_shards(
+    tensors: Iterable[TensorPlan], max_bytes: int, unused: Sequence[str] = (), framework: str = "pt"
+) -> list[ShardPlan]:
     """Distribute tensors, in order, over files of at most `max_bytes` (a larger one stands alone).
 
     Args:
@@ -77,8 +80,9 @@ def plan_shards(tensors: Iterable[TensorPlan], max_bytes: int, unused: Sequence[
         max_bytes: of a file.
         unused: tensors that the model class does not use and that are carried over all the same; noted in
             each file's metadata, so that a loader can tell them from a checkpoint that does not fit.
+        framework: whose tensors they are, for the metadata: `pt` or `mlx`.
     """
-    metadata = {"format": "pt"} | ({UNUSED_KEY: "\n".join(unused)} if unused else {})
+    metadata = {"format": framework} | ({UNUSED_KEY: "\n".join(unused)} if unused else {})
     shards: list[list[TensorPlan]] = [[]]
     filled = 0
     for tensor in tensors:

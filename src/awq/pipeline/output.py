@@ -1,0 +1,63 @@
+"""A folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from awq.pipeline.journal import WORK_FOLDER, check_output, lock, remove_result
+from awq.pipeline.writer import disk_errors
+
+
+@contextmanager
+def output_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A working folder inside `out`, whose files move to `out` when the block ends, `config.json` last.
+
+    When the block raises, the working folder is removed and `out` is as it was.
+
+    Raises:
+        OutputExistsError: `out` holds something, and is not to be overwritten.
+        OutputError: it cannot be written, or another process is writing to it.
+    """
+    check_output(out, {}, overwrite)
+    work = out / WORK_FOLDER
+    existed = out.exists()
+    with disk_errors(work):
+        work.mkdir(parents=True, exist_ok=True)
+    handle = lock(work)
+    try:
+        _empty(work)
+        yield work
+        with disk_errors(out):
+            if overwrite:
+                for path in out.iterdir():
+                    remove_result(path)
+            _move(work, out)
+    except BaseException:
+        handle.close()
+        shutil.rmtree(work, ignore_errors=True)
+        if not existed:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+    handle.close()
+    shutil.rmtree(work)
+
+
+def _empty(work: Path) -> None:
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "lock":
+            path.unlink()
+
+
+def _move(work: Path, out: Path) -> None:
+    files = [path for path in sorted(work.rglob("*")) if path.is_file() and path != work / "lock"]
+    # A folder without config.json is no model to any loader.
+    for path in sorted(files, key=lambda path: path == work / "config.json"):
+        target = out / path.relative_to(work)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
