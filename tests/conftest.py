@@ -45,7 +45,7 @@ def tiny_model(model_type: str, **changes: Any) -> Any:
     return model
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny() -> Any:
     """The maker of tiny models."""
     return tiny_model

@@ -145,12 +145,13 @@ class QuantizedCheckpoint:
         return FLOAT_DTYPES[max(counts, key=lambda name: counts[name])]
 
     def float_linears(self) -> list[str]:
-        """Linear layers left float: all that has a matrix for its weight and is no embedding."""
+        """Linear layers left float: all that has a matrix for its weight, is used, and is no embedding."""
         found = []
         for key, info in self.reader.tensors.items():
             name, _, leaf = key.rpartition(".")
             matrix = leaf == "weight" and len(info.shape) == 2 and info.dtype in FLOAT_DTYPES
-            if matrix and name not in self.layers and not _EMBEDDING.search(name):
+            known = name in self.layers or key in self.reader.unused or _EMBEDDING.search(name)
+            if matrix and not known:
                 found.append(name)
         return sorted(found)
 
