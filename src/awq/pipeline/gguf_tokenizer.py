@@ -7,6 +7,7 @@ not known to be the same is refused: a model with a nearly right tokenizer is wo
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ def add_tokenizer(package: Any, writer: Any, folder: Path, vocabulary: int) -> N
     if model.get("byte_fallback"):
         writer.add_token_scores(_scores(tokens, merges))
     writer.add_token_types(kinds)
+    # It warns about templates for pairs of texts, which no language model uses.
+    logging.getLogger("gguf.vocab").setLevel(logging.ERROR)
     special = package.SpecialVocab(folder, load_merges=not model.get("byte_fallback"), n_vocab=vocabulary)
     special.add_special_token = _ends(folder)
     special.add_to_gguf(writer, quiet=True)
