@@ -21,6 +21,7 @@ from awq.formats import LAYOUTS, mlx
 from awq.model.quantized import QuantizedCheckpoint
 from awq.pipeline.convert import TARGETS
 from awq.pipeline.journal import WORK_FOLDER
+from awq.pipeline.writer import ShardWriter
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +151,56 @@ def test_a_layer_that_does_not_fit_is_named_and_nothing_is_left_behind(source: P
         awq.convert(folder, tmp_path / "mine", "gptq")
     assert list((tmp_path / "mine").iterdir()) == []
     awq.convert(folder, tmp_path / "out", "gptq_v2")
+
+
+def test_little_is_held_at_a_time(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+    write = ShardWriter.write
+
+    def recording(writer: ShardWriter, tensors: Any) -> None:
+        chunk = list(tensors)
+        written.append(sum(tensor.nbytes for _, tensor in chunk))
+        write(writer, chunk)
+
+    monkeypatch.setattr(ShardWriter, "write", recording)
+    monkeypatch.setattr("awq.pipeline.convert._CHUNK_BYTES", 20_000)
+    awq.convert(source, tmp_path / "out", "gptq")
+    largest = max(tensor.nbytes for tensor in read(source).values())
+    assert len(written) > 3
+    assert max(written) < 20_000 + largest
+
+
+def test_an_interruption_leaves_nothing_and_an_older_one_is_cleared(source: Path, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        awq.convert(source, tmp_path / "out", "gptq", progress=interrupt)
+    assert not (tmp_path / "out").exists()
+    # A killed process could not clear up.
+    (tmp_path / "out" / WORK_FOLDER / "extra").mkdir(parents=True)
+    (tmp_path / "out" / WORK_FOLDER / "model.safetensors").write_bytes(b"half")
+    awq.convert(source, tmp_path / "out", "gptq")
+    assert QuantizedCheckpoint(tmp_path / "out").weight("model.layers.0.mlp.up_proj").bits == 4
+    assert not (tmp_path / "out" / WORK_FOLDER).exists()
+
+
+def test_inspect_reads_every_layout(source: Path, tmp_path: Path) -> None:
+    facts = {}
+    for target in ("gemm", "gemv_fast", "compressed-tensors"):
+        folder = source if target == "gemm" else tmp_path / target
+        if target != "gemm":
+            awq.convert(source, folder, target)
+        result = CliRunner().invoke(app, ["inspect", str(folder), "--json", str(tmp_path / "facts.json")])
+        assert result.exit_code == 0, result.output
+        facts[target] = json.loads((tmp_path / "facts.json").read_text())
+        assert facts[target]["layout"] == target
+        assert facts[target]["quantized_layers"] == 13
+        assert facts[target]["quantized_weights"] == facts["gemm"]["quantized_weights"]
+        assert facts[target]["group_sizes"] == [64]
+        assert facts[target]["float_bytes"] == facts["gemm"]["float_bytes"]
+    assert facts["gemm"]["bits_per_quantized_weight"] == pytest.approx(4 + (16 + 4) / 64)
 
 
 def test_a_finished_checkpoint_is_overwritten_on_purpose_only(source: Path, tmp_path: Path) -> None:

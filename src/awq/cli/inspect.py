@@ -22,13 +22,14 @@ def command(
 ) -> None:
     """Show a quantized checkpoint's layers, or a float model's discovered structure."""
     from awq.config import QuantConfig
-    from awq.hf import is_awq
     from awq.model.fetch import resolve
+    from awq.model.quantized import quantization_entry
+    from awq.model.weights import read_json
 
     quiet_libraries()
     folder = resolve(model)
     out = console(json)
-    if is_awq(folder):
+    if quantization_entry(folder, read_json(folder / "config.json")) is not None:
         value = checkpoint_facts(folder)
         print_checkpoint(out, model, value)
     else:
@@ -40,49 +41,38 @@ def command(
 
 
 def checkpoint_facts(folder: Path) -> dict[str, Any]:
-    """What an AWQ checkpoint holds, read from headers and config.json alone."""
-    from awq.model import CheckpointReader, read_json
+    """What a quantized checkpoint holds, in any layout, read from headers and its configuration alone."""
+    from awq.model.quantized import QuantizedCheckpoint
     from awq.model.weights import FLOAT_DTYPES
 
-    tensors = CheckpointReader(folder).tensors
-    entry = read_json(folder / "config.json")["quantization_config"]
-    layers: dict[str, int] = {}
-    weights = quantized_bytes = 0
-    float_bytes = 0
-    for name, info in tensors.items():
-        stem, _, leaf = name.rpartition(".")
-        if leaf == "qweight":
-            count = info.shape[0] * info.shape[1] * 8
-            weights += count
-            layers[stem] = info.shape[0] // tensors[f"{stem}.scales"].shape[0]
-        if f"{stem}.qweight" in tensors and leaf in ("qweight", "qzeros", "scales"):
-            quantized_bytes += info.bytes
-        elif info.dtype in FLOAT_DTYPES:
-            float_bytes += info.bytes
-    total = sum(info.bytes for info in tensors.values())
-    groups = sorted(set(layers.values()))
+    checkpoint = QuantizedCheckpoint(folder)
+    tensors = checkpoint.reader.tensors
+    shapes = {name: layer.shape for name, layer in checkpoint.layers.items()}
+    weights = sum(shape.out_features * shape.in_features for shape in shapes.values())
+    quantized = {key for layer in checkpoint.layers.values() for key in layer.keys.values()}
+    quantized_bytes = sum(tensors[key].bytes for key in quantized)
+    floats = [info for key, info in tensors.items() if key not in quantized and info.dtype in FLOAT_DTYPES]
     return {
-        "layout": str(entry.get("version", "gemm")).lower(),
-        "bits": entry.get("bits", 4),
-        "quantized_layers": len(layers),
-        "group_sizes": groups,
-        "bits_per_quantized_weight": quantized_bytes * 8 / weights if weights else None,
+        "layout": checkpoint.detected.layout,
+        "bits": checkpoint.detected.bits,
+        "quantized_layers": len(shapes),
+        "group_sizes": sorted({shape.group_size for shape in shapes.values()}),
+        "bits_per_quantized_weight": quantized_bytes * 8 / weights,
         "quantized_weights": weights,
-        "bytes": total,
-        "float_bytes": float_bytes,
-        "left_float": entry.get("modules_to_not_convert") or [],
-        "layers": layers,
+        "bytes": sum(info.bytes for info in tensors.values()),
+        "float_bytes": sum(info.bytes for info in floats),
+        "left_float": list(checkpoint.detected.skipped),
+        "layers": {name: shape.group_size for name, shape in shapes.items()},
     }
 
 
 def print_checkpoint(out: Console, model: str, value: dict[str, Any]) -> None:
     """The facts as a table."""
     table = Table(title=model, show_header=False)
-    per_weight = value["bits_per_quantized_weight"]
     table.add_row("layout", f"{value['layout']}, {value['bits']} bits")
     table.add_row("quantized layers", f"{value['quantized_layers']}, {value['quantized_weights']:,} weights")
-    table.add_row("group sizes", ", ".join(map(str, value["group_sizes"])) or "none")
-    table.add_row("bits per quantized weight", f"{per_weight:.3f}" if per_weight else "none")
+    table.add_row("group sizes", ", ".join(map(str, value["group_sizes"])))
+    table.add_row("bits per quantized weight", f"{value['bits_per_quantized_weight']:.3f}")
     table.add_row("size", f"{size(value['bytes'])}, of which {size(value['float_bytes'])} float")
     table.add_row("left float", ", ".join(value["left_float"]) or "embeddings and norms only")
     out.print(table)

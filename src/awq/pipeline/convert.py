@@ -265,10 +265,12 @@ def _without_quantization(config: dict[str, Any]) -> dict[str, Any]:
 def _chunks(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
     """Tensors gathered until they are worth a write."""
     chunk: list[tuple[str, Tensor]] = []
+    held = 0
     for name, tensor in tensors:
         chunk.append((name, tensor))
-        if sum(held.nbytes for _, held in chunk) > _CHUNK_BYTES:
+        held += tensor.nbytes
+        if held >= _CHUNK_BYTES:
             yield chunk
-            chunk = []
+            chunk, held = [], 0
     if chunk:
         yield chunk
