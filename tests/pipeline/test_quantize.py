@@ -286,7 +286,7 @@ def test_a_run_interrupted_while_publishing_continues(
     def die(*_: Any) -> None:
         raise Killed
 
-    monkeypatch.setattr("awq.pipeline.finish._copy_files", die)
+    monkeypatch.setattr("awq.pipeline.finish.copy_files", die)
     with pytest.raises(Killed):
         quantize(llama, out, SMALL, token_lists, max_shard_bytes=40_000)
     monkeypatch.undo()
