@@ -4,9 +4,10 @@
     python tests/tools/autoawq_signatures.py autoawq-0.2.9.tar.gz tests/data/autoawq_0.2.9_signatures.json
 
 The result maps each module to what can be imported from it. A function is a list of arguments, a class a
-table of its public methods, anything else the string "value"; a name that a module imports from another
-module of AutoAWQ is the string "= module.name". An argument is `[name, default]`, with the default's source
-text; `[name]` has none, and `*name` and `**name` are as in Python. Annotations are left out.
+table of its public methods and annotated fields, anything else the string "value"; a name that a module
+imports from another module of AutoAWQ is the string "= module.name". An argument is `[name, default]`, with
+the default's source text; `[name]` has none, and `*name` and `**name` are as in Python. Annotations are left
+out.
 """
 
 from __future__ import annotations
@@ -67,12 +68,7 @@ def public_names(source: str, module: str, is_package: bool) -> dict[str, Any]:
         if isinstance(node, ast.FunctionDef):
             out[node.name] = arguments(node)
         elif isinstance(node, ast.ClassDef):
-            out[node.name] = {
-                item.name: arguments(item)
-                for item in node.body
-                if isinstance(item, ast.FunctionDef)
-                and (item.name == "__init__" or not item.name.startswith("_"))
-            }
+            out[node.name] = _members(node)
         elif isinstance(node, ast.Assign):
             out |= {target.id: "value" for target in node.targets if isinstance(target, ast.Name)}
         elif isinstance(node, ast.ImportFrom):
@@ -84,6 +80,16 @@ def public_names(source: str, module: str, is_package: bool) -> dict[str, Any]:
                 for alias in node.names:
                     out.setdefault(alias.asname or alias.name, f"= {origin}.{alias.name}")
     return {name: value for name, value in out.items() if not name.startswith("_") and name != "*"}
+
+
+def _members(node: ast.ClassDef) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for item in node.body:
+        if isinstance(item, ast.FunctionDef) and (item.name == "__init__" or not item.name.startswith("_")):
+            out[item.name] = arguments(item)
+        elif isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+            out[item.target.id] = "value"
+    return out
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:

@@ -52,9 +52,9 @@ def command(
         _tasks(models, tasks, (dtype, device, trust_remote_code), options, json)
         return
     judged = load_model(model, dtype, device, trust_remote_code, exact=True)
-    limit = getattr(judged.config.get_text_config(), "max_position_embeddings", None) or window
+    longest = getattr(judged.config.get_text_config(), "max_position_embeddings", None) or window
     options = {
-        "window": min(window, limit),
+        "window": min(window, longest),
         "stride": stride,
         "max_tokens": max_tokens,
         "batch_size": batch_size,
