@@ -1,7 +1,7 @@
 """The finder that makes AutoAWQ's modules when they are imported.
 
 `awq.quantize` is the one clash: a function here, a package there. Python's import system takes whatever lies
-in `sys.modules` for a module, as long as it has `__path__`, `__spec__` and its name, so the function itself is put
+in `sys.modules` for a module, if it has `__name__`, `__path__` and `__spec__`, so the function itself is put
 there. `awq.quantize(…)` and `from awq.quantize.quantizer import AwqQuantizer` both work, in any order, and
 `help(awq.quantize)` shows the function in either case.
 """
