@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from awq.utils.utils import get_best_device
@@ -487,3 +488,26 @@ def test_placement_and_configuration_reach_the_loader(
         "attn_implementation": "eager",
     }
     assert model.config._attn_implementation == "eager"
+
+
+def test_a_hub_name_is_fetched_with_the_download_options(
+    books6m: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def fetch(name: str, **options: Any) -> str:
+        given.update(options, name=name)
+        return str(books6m)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    options = {"revision": "v1", "ignore_patterns": ["*.md"]}
+    model = AutoAWQForCausalLM.from_pretrained("owner/name", download_kwargs=options)
+    assert given["name"] == "owner/name" and options.items() <= given.items()
+    assert not [pattern for pattern in given["allow_patterns"] if pattern.endswith(".bin")]
+    assert model.model_type == "llama"
+
+
+def test_the_float_models_configuration_takes_use_cache(books6m: Path) -> None:
+    model = AutoAWQForCausalLM.from_pretrained(str(books6m), use_cache=True, attn_implementation="eager")
+    assert model.model.config.use_cache is True
+    assert model.model.config._attn_implementation == "eager"
