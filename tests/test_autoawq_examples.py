@@ -23,6 +23,7 @@ from awq.errors import AlreadyQuantizedError, CalibrationError, ConfigError, Out
 from awq.hf import load_quantized
 from awq.legacy import arguments
 from awq.legacy.config import AwqConfig
+from awq.model.quantized import QuantizedCheckpoint
 
 QUANT_CONFIG = {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}
 TEXTS = [
@@ -237,8 +238,34 @@ def test_modules_to_not_convert_are_left_float(
 
 def test_the_marlin_example_is_answered_in_a_sentence(books6m: Path, tokenizer: Any) -> None:
     model = AutoAWQForCausalLM.from_pretrained(str(books6m))
-    with pytest.raises(ConfigError, match=r"[Mm]arlin|zero_point"):
+    with pytest.raises(ConfigError, match=r"version='marlin' is how a kernel arranges .* write `gemm`"):
         model.quantize(tokenizer, {**QUANT_CONFIG, "zero_point": False, "version": "Marlin"}, **SMALL)
+    with pytest.raises(ConfigError, match="zero_point=False is not supported"):
+        model.quantize(tokenizer, {**QUANT_CONFIG, "zero_point": False}, **SMALL)
+
+
+@pytest.mark.parametrize("version", ["GEMV", "gemv_fast"])
+def test_autoawqs_other_layouts_are_written(
+    books6m: Path, tokenizer: Any, tmp_path: Path, version: str
+) -> None:
+    model = AutoAWQForCausalLM.from_pretrained(str(books6m))
+    model.quantize(tokenizer, {**QUANT_CONFIG, "version": version}, apply_clip=False, **SMALL)
+    assert model.quant_config.version == version.lower()
+    model.save_quantized(str(tmp_path / "out"))
+    assert config_of(tmp_path / "out")["quantization_config"]["version"] == version.lower()
+    held = QuantizedCheckpoint(tmp_path / "out")
+    assert held.detected.layout == version.lower()
+
+
+def test_a_layout_that_cannot_hold_the_model_leaves_it_quantized(
+    tiny: Any, token_lists: Any, tmp_path: Path
+) -> None:
+    tiny("llama", intermediate_size=96).save_pretrained(tmp_path / "model")
+    model = AutoAWQForCausalLM.from_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match="save_quantized writes it as gemm"):
+        model.quantize(None, {"q_group_size": 32, "version": "gemv_fast"}, token_lists)
+    model.save_quantized(tmp_path / "out")
+    assert config_of(tmp_path / "out")["quantization_config"]["version"] == "gemm"
 
 
 # awq_to_gguf_quant.py, and the docstring of `pack`

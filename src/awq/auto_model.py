@@ -8,6 +8,7 @@ AutoAWQ 0.2.9's; docs/migration.md lists the few whose default differs, and thos
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -19,12 +20,15 @@ from accelerate.utils import convert_file_size_to_int
 from awq.config import QuantConfig
 from awq.errors import AlreadyQuantizedError, ConfigError, DiskFullError
 from awq.hf import is_awq, load_float, load_quantized
-from awq.legacy.arguments import answer, check_filename, check_quantizer, read_settings
+from awq.legacy.arguments import answer, check_filename, check_quantizer, read_settings, take_version
 from awq.legacy.config import AwqConfig
 from awq.model.fetch import resolve
 from awq.model.weights import CheckpointReader, read_json
 from awq.pipeline import Report, publish, quantize
+from awq.pipeline.convert import convert
 
+# AutoAWQ's layouts that are made from `gemm`.
+_CONVERTED = ("gemv", "gemv_fast")
 _CHUNK_MEMORY = 1024**3  # AutoAWQ's default, which asks for nothing
 
 
@@ -46,7 +50,7 @@ class AWQModel:
         self._folder, self._trust, self._loading = folder, trust_remote_code, loading
         self._model: Any = None
         self._work: tempfile.TemporaryDirectory[str] | None = None
-        self._saved: Path | None = None
+        self._result: Path | None = None
         self._quantize_again: Callable[[], None] | None = None
         self._quant_config: AwqConfig | None = None
         self.is_quantized = is_quantized
@@ -237,23 +241,35 @@ class AWQModel:
             trust_remote_code=self._trust,
             **kwargs,
         )
+        version = take_version(settings)
         if export_compatible:
-            self._quantize_again = partial(self._run, run, dict(settings))
-            asked = settings.pop("version", settings.pop("format", "gemm"))
-            self._run(run, {**settings, "format": "folded"})
-            self._quant_config = dataclasses.replace(self.quant_config, version=str(asked).lower())
+            self._quantize_again = partial(self._run, run, settings, version)
+            self._run(run, settings, "folded")
+            self._quant_config = dataclasses.replace(self.quant_config, version=version)
         else:
-            self._run(run, settings)
+            self._run(run, settings, version)
 
-    def _run(self, run: Callable[..., Report], settings: Mapping[str, Any]) -> None:
-        config = QuantConfig.from_dict(settings)
+    def _run(self, run: Callable[..., Report], settings: Mapping[str, Any], version: str) -> None:
+        converted = version in _CONVERTED
+        config = QuantConfig.from_dict({**settings, "format": "gemm" if converted else version})
         work = tempfile.TemporaryDirectory(prefix="awq-", ignore_cleanup_errors=True)
+        result = Path(work.name) / "out"
         try:
-            self.report = run(self._folder, Path(work.name) / "out", config)
+            self.report = run(self._folder, result, config)
         except DiskFullError as error:
             raise DiskFullError(f"{error}; the environment variable TMPDIR names another place") from error
-        self._work, self._model, self.is_quantized = work, None, True
+        self._work, self._result, self._model, self.is_quantized = work, result, None, True
         self._quant_config = AwqConfig.of(config)
+        if converted:
+            try:
+                convert(result, result.with_name(version), version)
+            except ConfigError as error:
+                raise ConfigError(
+                    f"{error}; the model is quantized all the same, and save_quantized writes it as gemm"
+                ) from error
+            shutil.rmtree(result)
+            self._result = result.with_name(version)
+            self._quant_config.version = version
 
     def pack(self) -> None:
         """Quantize what `quantize(export_compatible=True)` only folded.
@@ -294,7 +310,7 @@ class AWQModel:
         out = Path(save_dir).expanduser()
         publish(self._place(), out, most, move=self._work is not None)
         if self._work is not None:
-            self._saved, work, self._work = out, self._work, None
+            self._result, work, self._work = out, self._work, None
             work.cleanup()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -342,6 +358,4 @@ class AWQModel:
 
     def _place(self) -> Path:
         """The folder that holds the model as it is now."""
-        if self._work is not None:
-            return Path(self._work.name) / "out"
-        return self._saved or self._folder
+        return self._result or self._folder

@@ -105,6 +105,7 @@ def test_the_configuration_goes_to_each_spelling_and_back(tmp_path: Path) -> Non
     assert AwqConfig.from_dict(config.to_dict()) == config
     assert AwqConfig.from_entry(config.to_transformers_dict()) == config
     assert AwqConfig.from_dict({}) == AwqConfig()
+    assert AwqConfig.from_dict({"version": "GEMV"}).version == "gemv"
 
 
 def test_the_configuration_is_read_from_a_checkpoint(books6m: Path, tmp_path: Path) -> None:

@@ -66,6 +66,22 @@ def read_settings(given: Mapping[str, Any] | QuantConfig | None, skipped: Any) -
     return out
 
 
+def take_version(settings: dict[str, Any]) -> str:
+    """Take the layout out of AutoAWQ's dictionary (`version`, in any case of letters) or ours (`format`).
+
+    Raises:
+        ConfigError: it is a layout that is not written.
+    """
+    layout = str(settings.pop("version", None) or settings.pop("format", None) or "gemm").lower()
+    settings.pop("format", None)
+    if layout in ("marlin", "exllama", "ipex"):
+        raise ConfigError(
+            f"version={layout!r} is how a kernel arranges a checkpoint, and is not written: write `gemm`, "
+            "which engines (and OpenAWQ) arrange for their kernels when they load it"
+        )
+    return layout
+
+
 def check_quantizer(quantizer_cls: Any) -> None:
     """Accept AutoAWQ's own class; a derived one would do something else than what is done.
 

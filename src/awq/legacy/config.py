@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from awq.config import QuantConfig
+from awq.legacy.arguments import take_version
 from awq.model.fetch import resolve
 from awq.model.weights import read_json
 
@@ -50,7 +51,9 @@ class AwqConfig:
         Raises:
             ConfigError: an option is unknown or has no meaning.
         """
-        return cls.of(QuantConfig.from_dict(quant_config or {}))
+        settings = dict(quant_config or {})
+        version = take_version(settings)
+        return dataclasses.replace(cls.of(QuantConfig.from_dict(settings)), version=version)
 
     @classmethod
     def from_pretrained(cls, save_dir: str | Path, **kwargs: Any) -> AwqConfig:
