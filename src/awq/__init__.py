@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from awq.config import QuantConfig
 from awq.errors import AwqError
+from awq.legacy import install as _install_old_paths
 
 if TYPE_CHECKING:
     from awq.auto import AutoAWQForCausalLM
@@ -36,6 +37,7 @@ __all__ = [
     "quantize",
 ]
 
+_install_old_paths()
 _LAZY = {
     "AutoAWQForCausalLM": "awq.auto",
     "convert": "awq.pipeline.convert",

@@ -1,37 +1,16 @@
-"""`AutoAWQForCausalLM`: AutoAWQ's calls on OpenAWQ's pipeline. It holds no logic of its own.
-
-`from_pretrained` opens a folder and reads no weights; they are read when the object is first used as a model.
-`quantize` streams the folder to a working folder, and `save_quantized` puts the result where it belongs.
-"""
+"""`AutoAWQForCausalLM`: AutoAWQ's entry points. They hold no logic of their own."""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from awq.config import QuantConfig
-from awq.errors import AwqError, ConfigError, OutputExistsError
-from awq.hf import load_quantized
-from awq.model.fetch import resolve
-from awq.model.weights import CheckpointReader, read_json
-from awq.pipeline import Report, quantize
+from awq.auto_model import AWQModel
+from awq.errors import ConfigError
+from awq.legacy.arguments import answer
 
-_NO_LONGER = {
-    "export_compatible": "quantized checkpoints are exported with other tools from the finished folder",
-    "n_parallel_calib_samples": "batches are sized from the free memory",
-    "max_chunk_memory": "statistics take the memory of one matrix, whatever the number of tokens",
-    "quantizer_cls": "the search is made of functions in awq.search",
-    "use_exllama": "the kernel is chosen by device and shape",
-    "use_exllama_v2": "the kernel is chosen by device and shape",
-    "use_ipex": "the CPU kernel needs no further package",
-    "fuse_layers": "layers are not fused yet",
-    "max_seq_len": "the key/value cache grows as needed",
-    "batch_size": "the key/value cache grows as needed",
-    "low_cpu_mem_usage": "one block is in memory at a time",
-}
+__all__ = ["AWQModel", "AutoAWQForCausalLM"]
 
 
 class AutoAWQForCausalLM:
@@ -47,7 +26,7 @@ class AutoAWQForCausalLM:
         trust_remote_code: bool = False,
         safetensors: bool = True,
         device_map: Any = None,
-        download_kwargs: dict[str, Any] | None = None,
+        download_kwargs: Mapping[str, Any] | None = None,
         low_cpu_mem_usage: bool = True,
         use_cache: bool = False,
         **model_init_kwargs: Any,
@@ -56,22 +35,32 @@ class AutoAWQForCausalLM:
 
         Args:
             model_path: a folder, or a hub name.
-            torch_dtype, device_map, model_init_kwargs: used if the object is called as a model.
+            torch_dtype: `float16` or `bfloat16` is also the dtype of the float tensors that are saved; by
+                default each keeps its own.
             trust_remote_code: run modelling code that comes with the model (AutoAWQ's default was True).
-            safetensors: must stay True; pickled weights can run code when opened.
-            download_kwargs: `revision` is used.
-            low_cpu_mem_usage, use_cache: accepted and without effect.
+            safetensors: without effect; pickled weights are not read.
+            device_map: where the float model goes if it is called; quantization chooses its own device.
+            download_kwargs: of `huggingface_hub.snapshot_download`, for a hub name.
+            low_cpu_mem_usage: without effect.
+            use_cache: of the float model's configuration, if it is called.
+            **model_init_kwargs: of transformers' `from_pretrained`, if it is called.
 
         Raises:
-            AwqError: the folder is no complete float model.
+            AlreadyQuantizedError: the folder holds a quantized model.
+            AwqError: it is no complete model.
         """
-        if not safetensors:
-            raise ConfigError("safetensors=False: pickled weights are not read; convert them to safetensors")
-        folder = resolve(model_path, (download_kwargs or {}).get("revision"))
-        read_json(folder / "config.json")
-        CheckpointReader(folder)
-        loading = {"dtype": torch_dtype, "device_map": device_map, **model_init_kwargs}
-        return AWQModel(folder, trust_remote_code, loading)
+        return AWQModel.from_pretrained(
+            model_path,
+            None,
+            torch_dtype,
+            trust_remote_code,
+            safetensors,
+            device_map,
+            download_kwargs,
+            low_cpu_mem_usage,
+            use_cache,
+            **model_init_kwargs,
+        )
 
     @staticmethod
     def from_quantized(
@@ -79,183 +68,51 @@ class AutoAWQForCausalLM:
         quant_filename: str = "",
         max_seq_len: int = 2048,
         trust_remote_code: bool = False,
-        fuse_layers: bool = False,
+        fuse_layers: bool | None = None,
         use_exllama: bool = False,
         use_exllama_v2: bool = False,
         use_ipex: bool = False,
         batch_size: int = 1,
         safetensors: bool = True,
-        device_map: Any = None,
+        device_map: Any = "balanced",
         max_memory: Any = None,
         offload_folder: str | None = None,
-        download_kwargs: dict[str, Any] | None = None,
-        torch_dtype: Any = "auto",
+        download_kwargs: Mapping[str, Any] | None = None,
         **config_kwargs: Any,
     ) -> AWQModel:
         """Load a quantized checkpoint, ready to generate.
 
         Args:
             quant_path: a folder, or a hub name.
-            torch_dtype: of activations; the checkpoint's own by default.
-            device_map, max_memory, offload_folder: as transformers takes them.
+            quant_filename: may name the one safetensors file of the folder.
             trust_remote_code: run modelling code that comes with the model (AutoAWQ's default was True).
-            quant_filename: must be empty; all safetensors files of the folder are read.
-            max_seq_len, fuse_layers, use_exllama, use_exllama_v2, use_ipex, batch_size: accepted; those that
-                ask for something that is chosen otherwise now warn once.
+            fuse_layers: without effect. None, where AutoAWQ had True, so that only who asks is told.
+            max_seq_len, use_exllama, use_exllama_v2, use_ipex, batch_size, safetensors: without effect; a
+                value that asks for something warns once.
+            device_map, max_memory, offload_folder: as transformers takes them.
+            download_kwargs: of `huggingface_hub.snapshot_download`, for a hub name.
+            **config_kwargs: `torch_dtype` of the activations (the checkpoint's own by default), and
+                further arguments of transformers' `from_pretrained`, configuration entries among them.
 
         Raises:
+            ConfigError: the folder holds a float model.
             AwqError: the checkpoint cannot be loaded whole.
         """
-        if quant_filename or not safetensors:
-            raise ConfigError("quant_filename and safetensors=False: the folder's safetensors files are read")
-        asked = {"fuse_layers": fuse_layers, "use_exllama": use_exllama, "use_exllama_v2": use_exllama_v2}
-        _warn([name for name, value in asked.items() if value])
-        folder = resolve(quant_path, (download_kwargs or {}).get("revision"))
-        extra = {"offload_folder": offload_folder} if offload_folder else {}
-        loaded = load_quantized(
-            folder,
-            dtype=torch_dtype,
+        answer({"batch_size": batch_size != 1})
+        return AWQModel.from_quantized(
+            quant_path,
+            None,
+            quant_filename,
+            max_seq_len,
+            trust_remote_code=trust_remote_code,
+            safetensors=safetensors,
+            fuse_layers=fuse_layers,
+            use_exllama=use_exllama,
+            use_exllama_v2=use_exllama_v2,
+            use_ipex=use_ipex,
             device_map=device_map,
             max_memory=max_memory,
-            trust_remote_code=trust_remote_code,
-            **extra,
+            offload_folder=offload_folder,
+            download_kwargs=download_kwargs,
             **config_kwargs,
         )
-        return AWQModel(folder, trust_remote_code, {}, loaded)
-
-
-class AWQModel:
-    """A model that can be quantized, saved, called and asked to generate."""
-
-    def __init__(
-        self, folder: Path, trust_remote_code: bool, loading: dict[str, Any], model: Any = None
-    ) -> None:
-        self._folder, self._trust, self._loading = folder, trust_remote_code, loading
-        self._model = model
-        self._work: tempfile.TemporaryDirectory[str] | None = None
-        self.report: Report | None = None
-        self.is_quantized = model is not None
-
-    @property
-    def model(self) -> Any:
-        """The transformers model, loaded when first asked for."""
-        if self._model is None:
-            if self._work is not None:
-                self._model = load_quantized(self._result(), trust_remote_code=self._trust)
-            else:
-                from transformers import AutoModelForCausalLM
-
-                self._model = AutoModelForCausalLM.from_pretrained(
-                    self._folder, trust_remote_code=self._trust, **self._loading
-                ).eval()
-        return self._model
-
-    def quantize(
-        self,
-        tokenizer: Any = None,
-        quant_config: dict[str, Any] | QuantConfig | None = None,
-        calib_data: Any = "pileval",
-        split: str | None = None,
-        text_column: str = "text",
-        duo_scaling: bool = True,
-        export_compatible: bool = False,
-        apply_clip: bool = True,
-        n_parallel_calib_samples: int | None = None,
-        max_calib_samples: int = 128,
-        max_calib_seq_len: int = 512,
-        max_chunk_memory: int | None = None,
-        quantizer_cls: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """Quantize; the object is the quantized model from then on.
-
-        Args:
-            tokenizer: the model's own by default.
-            quant_config: a `QuantConfig`, or AutoAWQ's dictionary (`w_bit`, `q_group_size`, `zero_point`,
-                `version`, `modules_to_not_convert`).
-            calib_data: as `awq.quantize` takes `calib`; AutoAWQ's default needs the network.
-            split, text_column: of a data set.
-            duo_scaling, apply_clip: parts of the search.
-            max_calib_samples, max_calib_seq_len: calibration samples, and tokens of each at most.
-            export_compatible, n_parallel_calib_samples, max_chunk_memory, quantizer_cls: without effect.
-            **kwargs: further arguments of `awq.quantize` (`device`, `progress`, …).
-
-        Raises:
-            AwqError: see `awq.quantize`.
-        """
-        if self.is_quantized:
-            raise ConfigError("this model is quantized already; start from the original weights")
-        given = {
-            "export_compatible": export_compatible,
-            "n_parallel_calib_samples": n_parallel_calib_samples,
-            "max_chunk_memory": max_chunk_memory,
-            "quantizer_cls": quantizer_cls,
-        }
-        _warn([name for name, value in given.items() if value])
-        work = tempfile.TemporaryDirectory(prefix="awq-", ignore_cleanup_errors=True)
-        self.report = quantize(
-            self._folder,
-            Path(work.name) / "out",
-            _config(quant_config, duo_scaling, apply_clip),
-            calib_data,
-            tokenizer=tokenizer,
-            split=split,
-            text_column=text_column,
-            samples=max_calib_samples,
-            seq_len=max_calib_seq_len,
-            trust_remote_code=self._trust,
-            **kwargs,
-        )
-        self._work, self._model, self.is_quantized = work, None, True
-
-    def save_quantized(self, save_dir: str | Path, safetensors: bool = True, shard_size: str = "5GB") -> None:
-        """Write the quantized checkpoint.
-
-        Args:
-            save_dir: the folder to make.
-            safetensors: must stay True.
-            shard_size: accepted; files hold at most 5 GB as they were written.
-
-        Raises:
-            ConfigError: nothing has been quantized.
-            OutputExistsError: the folder holds something.
-        """
-        if not safetensors:
-            raise ConfigError("safetensors=False: only safetensors are written")
-        if self._work is None:
-            raise ConfigError("there is nothing to save: call quantize first")
-        out = Path(save_dir).expanduser()
-        if out.exists() and any(out.iterdir()):
-            raise OutputExistsError(f"{out} holds something; choose another folder")
-        shutil.copytree(self._result(), out, dirs_exist_ok=True)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`generate` of the transformers model."""
-        return self.model.generate(*args, **kwargs)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The transformers model's output."""
-        return self.model(*args, **kwargs)
-
-    __call__ = forward
-
-    def _result(self) -> Path:
-        if self._work is None:
-            raise AwqError("nothing has been quantized yet")
-        return Path(self._work.name) / "out"
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self.model, name)
-
-
-def _config(given: dict[str, Any] | QuantConfig | None, duo_scaling: bool, apply_clip: bool) -> QuantConfig:
-    if isinstance(given, QuantConfig):
-        return given
-    return QuantConfig.from_dict({"duo_scaling": duo_scaling, "clip": apply_clip, **(given or {})})
-
-
-def _warn(names: list[str]) -> None:
-    for name in names:
-        warnings.warn(f"{name} has no effect: {_NO_LONGER[name]}", stacklevel=3)

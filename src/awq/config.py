@@ -13,13 +13,20 @@ from typing import Any, Literal, get_args
 
 from awq.errors import ConfigError
 
-Format = Literal["gemm", "float"]
+Format = Literal["gemm", "float", "folded"]
 Method = Literal["awq", "rtn"]
 Rounding = Literal["auto", "nearest", "gptq"]
 StorageDtype = Literal["auto", "float16", "bfloat16", "float32"]
 
-# What each layout can hold. `float` writes the dequantized weights: a research format for any width.
-FORMAT_BITS: dict[str, tuple[int, ...]] = {"gemm": (4,), "float": (2, 3, 4, 5, 6, 7, 8)}
+# What each layout can hold. `float` writes the dequantized weights: a research format for any width. `folded`
+# writes the scaled and clipped weights before any rounding, for another tool to quantize.
+FORMAT_BITS: dict[str, tuple[int, ...]] = {
+    "gemm": (4,),
+    "float": (2, 3, 4, 5, 6, 7, 8),
+    "folded": (2, 3, 4, 5, 6, 7, 8),
+}
+# Layouts of plain weights: every loader reads them, and their config.json speaks of no quantization.
+PLAIN_FORMATS = ("float", "folded")
 
 # AutoAWQ's names for the same things, as found in its scripts and in older checkpoints.
 _AUTOAWQ_NAMES = {"w_bit": "bits", "q_group_size": "group_size", "version": "format"}
@@ -34,18 +41,19 @@ class QuantConfig:
     """How a model is quantized.
 
     Args:
-        bits: width of a code. The `gemm` layout holds 4; `float` (dequantized weights) takes 2 to 8.
+        bits: width of a code. The `gemm` layout holds 4; `float` and `folded` take 2 to 8.
         group_size: input channels that share a scale and a zero point; -1 for the whole row.
         zero_point: asymmetric codes. The AWQ layouts know no other.
-        format: on-disk layout: `gemm` (AutoAWQ's, read by vLLM, SGLang, transformers, mlx-lm) or `float`
-            (plain weights that hold the quantized values, with no `quantization_config`).
+        format: on-disk layout: `gemm` (AutoAWQ's, read by vLLM, SGLang, transformers, mlx-lm), or plain
+            weights with no `quantization_config`: `float` (they hold the quantized values) or `folded`
+            (scales folded in and ranges clipped, but nothing rounded: for another tool to quantize).
         modules_to_not_convert: names, or parts of names, of layers to leave as they are.
         method: `awq` (search scales and clips) or `rtn` (plain rounding to nearest).
         rounding: `nearest`, `gptq` (error compensation), or `auto`: the better one, block by block.
         scale_steps: points of the scale search between no scaling and full scaling.
         duo_scaling: also try scales that take the weights' magnitude into account.
         clip: search a narrower range for each group.
-        dtype: of the float tensors written: `auto` keeps each one's own; `float32` is for the `float` format.
+        dtype: of the float tensors written: `auto` keeps each one's own; `float32` is for plain weights.
 
     Raises:
         ConfigError: a value has no meaning, or values contradict one another.
@@ -85,7 +93,7 @@ class QuantConfig:
                 f"group_size={self.group_size} is not possible; use a multiple of 8 (32, 64 and 128 run on "
                 "every engine) or -1 for one group per row"
             )
-        if self.dtype == "float32" and self.format != "float":
+        if self.dtype == "float32" and self.format not in PLAIN_FORMATS:
             raise ConfigError(f"dtype=float32: the {self.format!r} format stores 16-bit scales")
         if not self.zero_point:
             raise ConfigError("zero_point=False is not supported: the AWQ layouts store asymmetric codes")

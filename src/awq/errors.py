@@ -16,7 +16,8 @@
     │   └── ResumeError                   the folder holds another run's unfinished work
     ├── EvaluationError                   a model's output cannot be judged
     ├── KernelError                       no kernel serves this layer on this machine
-    └── MissingDependencyError (ImportError)
+    ├── MissingDependencyError (ImportError)
+    └── RemovedError (ImportError)        AutoAWQ had this name, and OpenAWQ has something else
 
 A message names what failed, where, and what the user can do about it.
 """
@@ -90,3 +91,7 @@ class KernelError(AwqError):
 
 class MissingDependencyError(AwqError, ImportError):
     """An optional package is needed and not installed."""
+
+
+class RemovedError(AwqError, ImportError):
+    """A name of AutoAWQ's that leads nowhere; the message says what to use."""

@@ -69,8 +69,8 @@ def load_model(
     """
     import torch
 
-    from awq.hf import is_awq, load_quantized
-    from awq.model import CheckpointReader, pick_device
+    from awq.hf import is_awq, load_float, load_quantized
+    from awq.model import pick_device
     from awq.model.fetch import resolve
 
     if dtype not in DTYPES:
@@ -81,18 +81,7 @@ def load_model(
         kernel = "torch" if exact else None
         loaded = load_quantized(folder, dtype=wanted, trust_remote_code=trust_remote_code, kernel=kernel)
         return loaded.to(place) if place.type != "cpu" else loaded
-    from transformers import AutoModelForCausalLM
-
-    CheckpointReader(folder)
-    try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=wanted, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
-    except (ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
-        raise LoadError(f"transformers cannot load {folder}: {error}") from error
-    if info["missing_keys"]:
-        raise LoadError(f"{folder} lacks weights: {', '.join(sorted(info['missing_keys'])[:10])}")
-    return loaded.to(place).eval()
+    return load_float(folder, dtype=wanted, trust_remote_code=trust_remote_code).to(place)
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:

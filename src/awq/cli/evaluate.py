@@ -1,4 +1,4 @@
-"""`awq eval`: perplexity, and with `--against` how far a model is from its original."""
+"""`awq eval`: perplexity, and with `--against` how far a model is from its original; tasks with `--tasks`."""
 
 from __future__ import annotations
 
@@ -25,22 +25,36 @@ def command(
     dtype: Annotated[
         str, typer.Option(help="auto (float32 on the CPU, else the model's own), float32, float16, bfloat16")
     ] = "auto",
+    tasks: Annotated[
+        str | None, typer.Option(help="Run these tasks of lm-evaluation-harness instead, comma-separated.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Samples of each task; all by default.")] = None,
+    fewshot: Annotated[int | None, typer.Option(help="Examples before each question of a task.")] = None,
+    include_path: Annotated[str | None, typer.Option(help="Folder with further tasks (YAML).")] = None,
     json: Annotated[str | None, typer.Option(help="Write the figures to this file; - for stdout.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
 ) -> None:
-    """Judge a model on a text: perplexity, KL divergence and agreement with the original."""
+    """Judge a model on a text: perplexity, KL divergence and agreement with the original. Or on tasks."""
     from awq.evaluate import compare, document_ids, perplexity, token_ids
     from awq.model import pick_device
 
+    if tasks is None and (limit is not None or fewshot is not None or include_path is not None):
+        raise ConfigError("--limit, --fewshot and --include-path belong to --tasks")
     if batch_size < 1 or (max_tokens is not None and max_tokens < 1):
         raise ConfigError("--batch-size and --max-tokens must be at least 1")
     quiet_libraries()
     if dtype == "auto" and pick_device(device).type == "cpu":
         dtype = "float32"
+    options: dict[str, Any]
+    if tasks is not None:
+        options = {"limit": limit, "fewshot": fewshot, "include_path": include_path, "batch_size": batch_size}
+        models = [model] if against is None else [against, model]
+        _tasks(models, tasks, (dtype, device, trust_remote_code), options, json)
+        return
     judged = load_model(model, dtype, device, trust_remote_code, exact=True)
-    limit = getattr(judged.config.get_text_config(), "max_position_embeddings", None) or window
-    options: dict[str, Any] = {
-        "window": min(window, limit),
+    longest = getattr(judged.config.get_text_config(), "max_position_embeddings", None) or window
+    options = {
+        "window": min(window, longest),
         "stride": stride,
         "max_tokens": max_tokens,
         "batch_size": batch_size,
@@ -68,4 +82,37 @@ def command(
     out = console(json)
     out.print(table)
     out.print(f"perplexity: {ppl.definition()}")
+    write_json(figures, json)
+
+
+def _tasks(
+    models: list[str],
+    tasks: str,
+    loading: tuple[str, str, bool],
+    options: dict[str, Any],
+    json: str | None,
+) -> None:
+    """Run tasks on each model, and print a table with a column for each."""
+    from awq.evaluate import run_tasks
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    table = Table(title=f"tasks of lm-evaluation-harness ({loading[0]})")
+    for column in ("task", "metric", "samples", *models):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    scores = []
+    for model in models:
+        loaded = load_model(model, *loading, exact=True)
+        scores.append(run_tasks(loaded, load_tokenizer(model, loading[2]), names, **options))
+        del loaded
+    for row in zip(*scores, strict=True):
+        cells = [
+            f"{score.value:.4f}" + (f" ± {score.stderr:.4f}" if score.stderr is not None else "")
+            for score in row
+        ]
+        table.add_row(row[0].task, row[0].metric, str(row[0].samples), *cells)
+    console(json).print(table)
+    figures = [
+        {"model": model, "tasks": [dataclasses.asdict(score) for score in found]}
+        for model, found in zip(models, scores, strict=True)
+    ]
     write_json(figures, json)

@@ -20,7 +20,9 @@ def command(
     out: Annotated[str, typer.Argument(help="Folder to make.")],
     bits: Annotated[int, typer.Option(help="Width of a code.")] = 4,
     group_size: Annotated[int, typer.Option(help="Input channels that share a scale; -1 for all.")] = 128,
-    format: Annotated[str, typer.Option(help="gemm (AutoAWQ's layout), or float (plain weights).")] = "gemm",
+    format: Annotated[
+        str, typer.Option(help="gemm (AutoAWQ's layout), float or folded (plain weights).")
+    ] = "gemm",
     method: Annotated[str, typer.Option(help="awq, or rtn for plain rounding.")] = "awq",
     rounding: Annotated[str, typer.Option(help="auto (the better one per block), nearest or gptq.")] = "auto",
     clip: Annotated[bool, typer.Option(help="Search narrower ranges.")] = True,

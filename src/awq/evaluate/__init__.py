@@ -1,6 +1,7 @@
 """How good a model is: perplexity, and how far it is from another one."""
 
 from awq.evaluate.divergence import Divergence, compare
+from awq.evaluate.harness import TaskScore, run_tasks
 from awq.evaluate.perplexity import Perplexity, perplexity
 from awq.evaluate.speed import Speed, generation_speeds
 from awq.evaluate.text import document_ids, token_ids
@@ -10,11 +11,13 @@ __all__ = [
     "Divergence",
     "Perplexity",
     "Speed",
+    "TaskScore",
     "Window",
     "compare",
     "document_ids",
     "generation_speeds",
     "perplexity",
+    "run_tasks",
     "token_ids",
     "windows",
 ]

@@ -21,6 +21,7 @@ LAYOUTS: dict[str, Layout] = {
     "mlx": mlx,
     "marlin": marlin,
     "float": plain,
+    "folded": plain,
 }
 
 

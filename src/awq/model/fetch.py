@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from awq.errors import MissingFileError
 
@@ -10,12 +12,13 @@ from awq.errors import MissingFileError
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*"]
 
 
-def resolve(model: str | Path, revision: str | None = None) -> Path:
+def resolve(model: str | Path, revision: str | None = None, options: Mapping[str, Any] | None = None) -> Path:
     """The folder of a model.
 
     Args:
         model: a folder, or `owner/name` on the hub.
         revision: branch, tag or commit on the hub.
+        options: further ones of `huggingface_hub.snapshot_download` (`token`, `cache_dir`, …).
 
     Raises:
         MissingFileError: no such folder, and the hub does not have it or cannot be reached.
@@ -29,7 +32,9 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS))
+        return Path(
+            snapshot_download(name, **{"revision": revision, "allow_patterns": _PATTERNS, **(options or {})})
+        )
     except Exception as error:  # the hub's client raises many kinds
         raise MissingFileError(
             f"{name} is no folder here, and fetching it from the hub failed: {str(error).splitlines()[0]}"

@@ -1,7 +1,8 @@
 """The loop over blocks, its estimate beforehand, and its memory of where it was."""
 
 from awq.pipeline.discover import structure_of
+from awq.pipeline.publish import publish
 from awq.pipeline.report import BlockReport, Plan, Progress, Report, Silent
 from awq.pipeline.run import quantize
 
-__all__ = ["BlockReport", "Plan", "Progress", "Report", "Silent", "quantize", "structure_of"]
+__all__ = ["BlockReport", "Plan", "Progress", "Report", "Silent", "publish", "quantize", "structure_of"]

@@ -78,6 +78,19 @@ class BlockResult:
     dropped_rows: int
     approximate: list[str]
 
+    def clipped(self, layer: str, weight: Tensor, config: QuantConfig) -> Tensor:
+        """The float weight `[out, in]` of a layer inside the ranges that were searched for it.
+
+        Where no range was searched, ranges are the weight's own and nothing is clipped.
+        """
+        if self.chosen == "rtn" or not config.clip:
+            return weight
+        _, scales, zeros = self.codes[layer]
+        low = -zeros.float() * scales.float()
+        high = (2**config.bits - 1 - zeros.float()) * scales.float()
+        grouped = weight.view(*scales.shape, -1)
+        return grouped.clamp(low.unsqueeze(-1), high.unsqueeze(-1)).view(weight.shape)
+
 
 def measure(
     block: nn.Module,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from awq.config import QuantConfig
+from awq.config import PLAIN_FORMATS, QuantConfig
 from awq.errors import WeightError
 from awq.model import Skeleton
 from awq.model.weights import FLOAT_DTYPES
@@ -70,7 +70,7 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
 
 def _config(skeleton: Skeleton, config: QuantConfig, skipped: list[str]) -> dict[str, object]:
     value = dict(skeleton.raw_config)
-    if config.format != "float":
+    if config.format not in PLAIN_FORMATS:
         value["quantization_config"] = config.to_hf(skipped)
     if config.dtype != "auto":
         value.pop("torch_dtype", None)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from awq.config import QuantConfig
+from awq.config import PLAIN_FORMATS, QuantConfig
 from awq.errors import ConfigError, DiskFullError
 from awq.formats import get_format
 from awq.model import Skeleton, kind_of
@@ -195,7 +195,7 @@ def plan_files(
             layer = quantized[key]
             stem = key.removesuffix("weight")
             size = config.effective_group_size(layer.in_features)
-            plain = config.format == "float"
+            plain = config.format in PLAIN_FORMATS
             dtype = dtypes[key] if plain else scale_dtype(config)
             shapes = layout.packed_shapes(layer.out_features, layer.in_features, size, dtype)
             plans += [tensor_plan(stem + name, dtype, shape) for name, (dtype, shape) in shapes.items()]

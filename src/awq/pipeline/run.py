@@ -318,7 +318,10 @@ class _Run:
         for parameter, value in block.named_parameters():
             key = skeleton.keys[f"{name}.{parameter}"]
             layer, _, leaf = parameter.rpartition(".")
-            if leaf == "weight" and layer in result.codes:
+            quantized = leaf == "weight" and layer in result.codes
+            if quantized and self.config.format == "folded":
+                yield key, cast(result.clipped(layer, value.data, self.config), stored[parameter], key)
+            elif quantized:
                 weight = QuantizedWeight(*result.codes[layer], self.config.bits).to("cpu")
                 for suffix, tensor in layout.pack(weight).items():
                     out = f"{key.removesuffix('weight')}{suffix}"

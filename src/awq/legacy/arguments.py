@@ -1,0 +1,112 @@
+"""AutoAWQ's arguments, read: those that decide nothing here are answered once a process, with the reason."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from awq.config import QuantConfig
+from awq.errors import ConfigError
+from awq.model.weights import CheckpointReader
+
+NO_EFFECT = {
+    "low_cpu_mem_usage": "only one block is in memory while quantizing, and transformers loads the same way",
+    "max_chunk_memory": "the statistics take the memory of one matrix, whatever the number of tokens",
+    "fuse_layers": "layers are not fused; as they are they generate right, for any batch and any length",
+    "max_seq_len": "the key/value cache grows as it is needed; max_new_tokens of generate() sets a limit",
+    "batch_size": "the key/value cache grows as it is needed",
+    "use_exllama": "the kernel is chosen by device and shape",
+    "use_exllama_v2": "the kernel is chosen by device and shape",
+    "use_ipex": "the CPU kernel is PyTorch's own, and is chosen by device and shape",
+    "use_qbits": "the CPU kernel is PyTorch's own, and is chosen by device and shape",
+    "max_new_tokens": "it sets no size when loading; give it to generate()",
+    "model_type": "it is read from the model's config.json",
+    "safetensors": "safetensors are read and written in any case: pickled weights can run code when opened",
+    "subclass": (
+        "the hooks of a class derived from BaseAWQForCausalLM are not called: layers and scaling groups are "
+        "discovered, and each fold is proved"
+    ),
+}
+
+_answered: set[str] = set()
+
+
+def answer(given: Mapping[str, Any]) -> None:
+    """Warn of each argument in `given` that was asked for something it does not do.
+
+    The warning points at the first caller outside this package.
+
+    Args:
+        given: by name, whether it was asked for.
+    """
+    for name, asked in given.items():
+        if asked and name not in _answered:
+            _answered.add(name)
+            warnings.warn(f"{name} has no effect: {NO_EFFECT[name]}", stacklevel=_outside())
+
+
+def _outside() -> int:
+    """How many frames above `answer` the first one outside this package is, as `warnings.warn` counts."""
+    level = 1
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "awq":
+        frame = frame.f_back
+        level += 1
+    return level
+
+
+def read_settings(given: Mapping[str, Any] | QuantConfig | None, skipped: Any) -> dict[str, Any]:
+    """The configuration as a dictionary, with the layers named in the call added to its own."""
+    out = given.to_dict() if isinstance(given, QuantConfig) else dict(given or {})
+    if skipped:
+        out["modules_to_not_convert"] = [*(out.get("modules_to_not_convert") or ()), *skipped]
+    return out
+
+
+def take_version(settings: dict[str, Any]) -> str:
+    """Take the layout out of AutoAWQ's dictionary (`version`, in any case of letters) or ours (`format`).
+
+    Raises:
+        ConfigError: it is a layout that is not written.
+    """
+    layout = str(settings.pop("version", None) or settings.pop("format", None) or "gemm").lower()
+    settings.pop("format", None)
+    if layout in ("marlin", "exllama", "ipex"):
+        raise ConfigError(
+            f"version={layout!r} is how a kernel arranges a checkpoint, and is not written: write `gemm`, "
+            "which engines (and OpenAWQ) arrange for their kernels when they load it"
+        )
+    return layout
+
+
+def check_quantizer(quantizer_cls: Any) -> None:
+    """Accept AutoAWQ's own class; a derived one would do something else than what is done.
+
+    Raises:
+        ConfigError: for any other.
+    """
+    from awq.legacy.objects import AwqQuantizer
+
+    if quantizer_cls not in (None, AwqQuantizer):
+        raise ConfigError(
+            f"quantizer_cls={getattr(quantizer_cls, '__name__', quantizer_cls)!r}: the search cannot be "
+            "replaced by a class derived from AwqQuantizer; calib_data takes texts, token ids and chats, and "
+            "the steps of the search are functions in awq.search"
+        )
+
+
+def check_filename(folder: Path, name: str) -> None:
+    """Accept the name of the one weight file there is; any other would load something else than was asked.
+
+    Raises:
+        ConfigError: for any other.
+    """
+    files = CheckpointReader(folder).files
+    if name and files != [name]:
+        raise ConfigError(
+            f"quant_filename={name!r}: the safetensors files of {folder} are read as a whole "
+            f"({', '.join(files)}); leave it out"
+        )
