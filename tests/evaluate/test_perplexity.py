@@ -20,10 +20,8 @@ from awq.evaluate.windows import Mean, batches
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    from tests.conftest import tiny_model
-
-    return tiny_model("llama", num_key_value_heads=2)
+def model(tiny: Any) -> Any:
+    return tiny("llama", num_key_value_heads=2)
 
 
 def some_ids(count: int) -> Tensor:
