@@ -64,7 +64,7 @@ class CheckpointReader:
         for file in self.files:
             tensors, metadata = read_header(folder / file)
             self.tensors.update(tensors)
-            self.unused.update(metadata.get(UNUSED_KEY, "").split())
+            self.unused.update(filter(None, metadata.get(UNUSED_KEY, "").split("\n")))
         self._check_index()
 
     def _check_index(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from awq.pipeline.block import BlockResult, make_judge, measure, quantize_block,
 from awq.pipeline.discover import discover, matmul_precision
 from awq.pipeline.feed import Feed
 from awq.pipeline.finish import cast, finish
-from awq.pipeline.journal import Journal, check_output, lock, open_journal, recognise
+from awq.pipeline.journal import Journal, check_output, lock, open_journal, recognise, taken
 from awq.pipeline.memory import batch_tokens_for, peak_memory
 from awq.pipeline.preflight import (
     Files,
@@ -174,9 +173,9 @@ class _Run:
         files = plan_files(skeleton, list_name, quantized, self.config, max_shard_bytes)
         skipped = _skipped(skeleton, list_name, kind_of_block)
         hidden_bytes = sum(tensor.nbytes for tensor in feed.hidden)
-        check_disk(self.out, files.bytes + 2 * hidden_bytes)
-        journal = open_journal(self.out, settings, feed.batch_tokens, overwrite)
-        with lock(journal.work):
+        check_disk(self.out, files.bytes + 2 * hidden_bytes - taken(self.out))
+        with lock(self.out):
+            journal = open_journal(self.out, settings, feed.batch_tokens, overwrite)
             writer = ShardWriter(journal.work, files.shards, journal.complete)
             plan = Plan(
                 model=str(self.folder),
@@ -206,7 +205,7 @@ class _Run:
             if files.unused:
                 first, count = files.unused[0], len(files.unused)
                 self.progress.note(f"{count} tensors the model does not use are carried over ({first} …)")
-            if journal.resumed:
+            if journal.resumed and len(journal.blocks) < len(blocks):
                 feed.hidden = journal.hidden()
             self.seconds["prepare"] = time.perf_counter() - self.started
             with matmul_precision("high" if self.device.type == "cuda" else "highest"):
@@ -220,7 +219,7 @@ class _Run:
                 self.seconds["total"] = time.perf_counter() - self.started
                 report = Report(plan, self.config.to_dict(), reports, self.seconds, peak_memory(self.device))
                 finish(skeleton, files, writer, journal, self.out, self.config, sorted(skipped), report)
-        shutil.rmtree(journal.work)
+                journal.close()
         self.seconds["total"] = time.perf_counter() - self.started
         return report
 
@@ -228,6 +227,8 @@ class _Run:
         self, skeleton: Skeleton, calibration: CalibrationSet, batch_tokens: int | None, max_shard_bytes: int
     ) -> dict[str, Any]:
         """Everything that decides the bytes of the result."""
+        import transformers
+
         import awq
 
         return {
@@ -239,6 +240,7 @@ class _Run:
             "device": self.device.type,
             "openawq": awq.__version__,
             "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
         }
 
     def _block(
@@ -290,6 +292,7 @@ class _Run:
             feed.hidden = outputs + behind
             spent = {key: self.seconds[key] - before.get(key, 0.0) for key in ("forward", "search")}
             report = BlockReport(name, spent, report_of(result))
+            journal.batch_tokens = feed.batch_tokens  # the hidden states are cut that way
             journal.finish_block(dataclasses.asdict(report), feed.hidden)
         self.progress.block_done(index, report)
 
