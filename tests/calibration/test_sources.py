@@ -55,6 +55,16 @@ def test_jsonl_rows_are_documents_of_any_kind(tmp_path: Path, letters: Any) -> N
     assert found.documents == 4
 
 
+def test_a_text_file_with_separators_is_documents(tmp_path: Path, letters: Any) -> None:
+    (tmp_path / "a.txt").write_text("one\n<|endoftext|>\n\n<|endoftext|>two\n")
+    found = load_calibration(tmp_path / "a.txt", letters)
+    assert texts(found) == ["one", "two"]
+    assert found.documents == 2
+    (tmp_path / "b.txt").write_text("<|endoftext|>\n<|endoftext|>")
+    with pytest.raises(CalibrationError, match="no document holds any text"):
+        load_calibration(tmp_path / "b.txt", letters)
+
+
 def test_blank_lines_and_a_byte_order_mark_are_no_rows(tmp_path: Path, letters: Any) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "tw\xe2\x80\xa8o"}\n\n')

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from awq.errors import CalibrationError, ConfigError, EvaluationError, MissingFileError
-from awq.evaluate import perplexity, token_ids, windows
+from awq.evaluate import document_ids, perplexity, token_ids, windows
 from awq.evaluate.windows import Mean, batches
 
 
@@ -107,7 +107,7 @@ def test_logits_that_are_no_numbers_are_refused(value: float) -> None:
 
 def test_the_definition_is_told_with_its_figures(model: Any) -> None:
     assert perplexity(model, some_ids(2048), window=64, stride=32).definition() == (
-        "exp(mean negative log-likelihood) over 63 windows of 64 tokens, stride 32, 2,047 tokens scored"
+        "exp(mean negative log-likelihood) over 63 windows of up to 64 tokens, stride 32, 2,047 tokens scored"
     )
 
 
@@ -127,6 +127,38 @@ def test_every_token_that_a_window_reaches_is_scored_exactly_once(
     unpredicted = set(range(0, length, window)) if stride == window else {0}
     assert scored == [i for i in range(reached) if i not in unpredicted]
     assert reached > length - stride
+
+
+@given(lengths=st.lists(st.integers(0, 60), max_size=6), window=st.integers(2, 40), data=st.data())
+def test_every_token_of_every_document_is_scored_exactly_once(
+    lengths: list[int], window: int, data: Any
+) -> None:
+    stride = data.draw(st.integers(1, window))
+    if max(lengths, default=0) < 2:
+        with pytest.raises(CalibrationError, match="nothing to predict"):
+            windows([torch.arange(n) for n in lengths], window, stride)
+        return
+    # Tokens tell their document by their thousands; 0 is padding, which is never scored.
+    documents = [torch.arange(1, n + 1) + 1000 * i for i, n in enumerate(lengths)]
+    scored: list[int] = []
+    for ids, mask in batches(windows(documents, window, stride), 3):
+        assert len(ids[0]) <= window
+        scored += ids[:, 1:][mask].tolist()
+    step = window if stride == window else 10**6
+    assert scored == [
+        1000 * i + 1 + place for i, n in enumerate(lengths) for place in range(n) if place % step
+    ]
+
+
+@torch.no_grad()
+def test_documents_are_judged_each_by_itself(model: Any) -> None:
+    ids = some_ids(60)
+    documents = [ids[:20], ids[20:23], ids[23:24], ids[24:60]]
+    found = perplexity(model, documents, window=50, batch_size=3)
+    parts = [documents[i][None] for i in (0, 1, 3)]
+    total = sum(float(model(part, labels=part).loss) * (part.shape[1] - 1) for part in parts)
+    assert found.tokens == 19 + 2 + 35
+    assert found.nll == pytest.approx(total / found.tokens, rel=1e-5)
 
 
 @given(length=st.integers(2, 200), window=st.integers(2, 40), limit=st.integers(2, 250))
@@ -206,3 +238,17 @@ def test_texts_are_tokenized_once(tmp_path: Path) -> None:
         token_ids(tmp_path / "empty.txt", tokenizer)
     with pytest.raises(MissingFileError):
         token_ids(tmp_path / "no.txt", tokenizer)
+
+
+def test_texts_with_separators_are_documents_or_joined_by_blank_lines(tmp_path: Path) -> None:
+    def tokenizer(text: str, verbose: bool) -> dict[str, list[int]]:
+        return {"input_ids": list(map(ord, text))}
+
+    (tmp_path / "a.txt").write_text("ab\n<|endoftext|>\n \n<|endoftext|>\ncd\n")
+    joined = token_ids(tmp_path / "a.txt", tokenizer)
+    assert "".join(map(chr, joined.tolist())) == "ab\n\ncd"
+    documents = document_ids(tmp_path / "a.txt", tokenizer)
+    assert ["".join(map(chr, ids.tolist())) for ids in documents] == ["ab", "cd"]
+    (tmp_path / "empty.jsonl").write_text('{"text": " "}\n')
+    with pytest.raises(CalibrationError, match="holds no text"):
+        document_ids(tmp_path / "empty.jsonl", tokenizer)
