@@ -31,6 +31,7 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS))
     except Exception as error:  # the hub's client raises many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise MissingFileError(
-            f"{name} is no folder here, and fetching it from the hub failed: {str(error).splitlines()[0]}"
+            f"{name} is no folder here, and fetching it from the hub failed: {reason}"
         ) from error
