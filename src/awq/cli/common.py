@@ -101,12 +101,6 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
     Raises:
         LoadError: there is none that can be loaded.
     """
-    from transformers import AutoTokenizer
+    from awq.model import fetch
 
-    from awq.model.fetch import resolve
-
-    folder = resolve(model)
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        raise LoadError(f"{folder} has no tokenizer that can be loaded: {error}") from error
+    return fetch.load_tokenizer(fetch.resolve(model), trust_remote_code)

@@ -70,6 +70,7 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
 
 def _config(skeleton: Skeleton, config: QuantConfig, skipped: list[str]) -> dict[str, object]:
     value = dict(skeleton.raw_config)
+    value.pop("quantization_config", None)  # an empty one, as some tools write it
     if config.format != "float":
         value["quantization_config"] = config.to_hf(skipped)
     if config.dtype != "auto":

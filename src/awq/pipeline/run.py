@@ -14,14 +14,14 @@ from torch import nn
 
 from awq.calibration import CalibrationSet, load_calibration
 from awq.config import QuantConfig
-from awq.errors import OutputExistsError, WeightError
+from awq.errors import ConfigError, OutputExistsError, WeightError
 from awq.formats import get_format
 from awq.model import Skeleton, find_blocks, open_model, pick_device
-from awq.model.fetch import resolve
+from awq.model.fetch import load_tokenizer, resolve
 from awq.model.groups import linears_of
 from awq.model.invariance import prove
 from awq.pipeline.block import BlockResult, make_judge, measure, quantize_block, report_of
-from awq.pipeline.discover import discover, matmul_precision
+from awq.pipeline.discover import discover, float32_by_default, matmul_precision
 from awq.pipeline.feed import Feed
 from awq.pipeline.finish import cast, finish
 from awq.pipeline.journal import Journal, check_output, lock, open_journal, recognise, taken
@@ -43,6 +43,7 @@ _DEFAULT_SHARD_BYTES = 5 * 10**9
 
 
 @torch.no_grad()
+@float32_by_default()
 def quantize(
     model: str | Path,
     out: str | Path,
@@ -87,6 +88,9 @@ def quantize(
         AwqError: see `awq.errors`; all but a full disk is found before any work is done.
     """
     started = time.perf_counter()
+    for name, value in (("batch_tokens", batch_tokens), ("max_shard_bytes", max_shard_bytes)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}={value} must be at least 1")
     run = _Run(
         folder=resolve(model),
         out=Path(out).expanduser(),
@@ -120,9 +124,7 @@ class _Tokenizer:
 
     def _get(self) -> Any:
         if self._loaded is None:
-            from transformers import AutoTokenizer
-
-            self._loaded = AutoTokenizer.from_pretrained(self._folder, trust_remote_code=self._trust)
+            self._loaded = load_tokenizer(self._folder, self._trust)
         return self._loaded
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -164,7 +166,7 @@ class _Run:
             tokens = unfinished.batch_tokens  # decides how sums are rounded, and so the bytes
         feed = Feed(skeleton, list_name, calibration.samples, tokens, self.device)
         kinds, kind_of_block = discover(skeleton, list_name, blocks, feed, self.config, self.device)
-        require_layers(kinds, self.config, blocks)
+        require_layers(kind_of_block, self.config, blocks)
         quantized = {
             skeleton.keys[f"{list_name}.{i}.{name}.weight"]: linears_of(block)[name]
             for i, block in enumerate(blocks)
