@@ -16,19 +16,42 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
 def console(json_to: str | None = None) -> Console:
-    """For people; on the standard error stream when JSON goes to the standard output."""
-    return Console(stderr=json_to == "-", soft_wrap=True, highlight=False)
+    """For people; on the standard error stream when JSON goes to the standard output.
+
+    Raises:
+        OutputError: JSON is to go to a file that cannot be; better known before the work.
+    """
+    check_target(json_to)
+    # Names of files may hold brackets, which rich would read as its markup.
+    return Console(stderr=json_to == "-", soft_wrap=True, highlight=False, markup=False)
+
+
+def check_target(target: str | None, out: str | None = None) -> None:
+    """Refuse a file whose folder does not exist, unless it is `out`, which is going to be made.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    if target is None or target == "-":
+        return
+    path = Path(target)
+    if path.is_dir() or not (path.parent.is_dir() or (out and path.parent == Path(out))):
+        raise OutputError(
+            f"cannot write {target}: " + ("it is a folder" if path.is_dir() else "no such folder")
+        )
 
 
 def write_json(value: Any, target: str | None) -> None:
-    """Write figures to a file, or to the standard output for `-`.
+    """Write figures to a file, or to the standard output for `-`; see `finite` for what JSON cannot say.
 
     Raises:
         OutputError: the file cannot be written.
     """
     if target is None:
         return
-    text = json.dumps(value, indent=2, ensure_ascii=False)
+    from awq.pipeline.report import finite
+
+    text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False)
     if target == "-":
         print(text)
         return
