@@ -178,6 +178,29 @@ def test_lost_hidden_states_are_refused(model: Path, unfinished: Path) -> None:
         quantize(model, unfinished, SMALL, IDS)
 
 
+def test_threads_are_those_that_the_run_was_begun_with(
+    model: Path, unfinished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processor's threads share out sums, and each way of sharing rounds them in another way."""
+    from awq.pipeline import run
+
+    real, seen = run.measure, []
+
+    def measure(*arguments: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return real(*arguments)
+
+    monkeypatch.setattr(run, "measure", measure)
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        quantize(model, unfinished, SMALL, IDS)
+        assert seen == [before, before]
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_work_folders_left_without_a_journal_are_started_over(
     model: Path, tmp_path: Path, whole: dict[str, bytes]
 ) -> None:

@@ -13,10 +13,12 @@ import dataclasses
 import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -37,8 +39,8 @@ class Journal:
     Args:
         work: the working folder.
         settings: everything that decides the bytes of the result.
-        blocks: reports of the blocks done, in order.
-        batch_tokens: tokens of a batch, which decides how sums are rounded.
+        batch_tokens, threads: tokens of a batch, and threads of the processor: they decide how sums are
+            rounded, and so the bytes.
         blocks: reports of the blocks done, in order.
         complete: every tensor is written; what remains is to give the files their names.
     """
@@ -46,6 +48,7 @@ class Journal:
     work: Path
     settings: dict[str, Any]
     batch_tokens: int
+    threads: int
     blocks: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     complete: bool = False
 
@@ -56,7 +59,7 @@ class Journal:
 
     def save(self) -> None:
         """Replace the journal on disk."""
-        value = {field: getattr(self, field) for field in ("settings", "batch_tokens", "blocks", "complete")}
+        value = {field: getattr(self, field) for field in _SAVED}
         write_json(self.work / _JOURNAL, value)
 
     def finish_block(self, report: dict[str, Any], hidden: list[Tensor]) -> None:
@@ -87,11 +90,14 @@ class Journal:
     def close(self) -> None:
         """Forget a finished run. The journal goes last: until then the run can be finished again."""
         with disk_errors(self.work):
-            _clear(self.work, keep=(_JOURNAL, _LOCK))
-            _clear(self.work, keep=(_LOCK,))
+            clear(self.work, keep=(_JOURNAL, _LOCK))
+            clear(self.work)
 
     def _hidden(self, block: int) -> Path:
         return self.work / f"hidden-{block:05d}.safetensors"
+
+
+_SAVED = ("settings", "batch_tokens", "threads", "blocks", "complete")
 
 
 def open_journal(out: Path, settings: dict[str, Any], batch_tokens: int, overwrite: bool) -> Journal:
@@ -105,10 +111,10 @@ def open_journal(out: Path, settings: dict[str, Any], batch_tokens: int, overwri
         return unfinished
     work = out / WORK_FOLDER
     with disk_errors(work):
-        _clear(work, keep=(_LOCK,))
+        clear(work)
         for path in out.iterdir():
             remove_result(path)
-    journal = Journal(work, settings, batch_tokens)
+    journal = Journal(work, settings, batch_tokens, torch.get_num_threads())
     journal.save()
     return journal
 
@@ -142,7 +148,7 @@ def remove_result(path: Path) -> None:
 def _continue(work: Path, settings: dict[str, Any]) -> Journal:
     try:
         saved = read_json(work / _JOURNAL)
-        theirs, rest = saved["settings"], (saved["batch_tokens"], saved["blocks"], saved["complete"])
+        theirs, *rest = (saved[field] for field in _SAVED)
     except (CheckpointError, KeyError) as error:
         raise ResumeError(
             f"the journal of unfinished work is unreadable ({error}); start over with overwrite"
@@ -160,9 +166,12 @@ def _continue(work: Path, settings: dict[str, Any]) -> Journal:
     return Journal(work, settings, *rest)
 
 
-def _clear(work: Path, keep: tuple[str, ...]) -> None:
+def clear(work: Path, keep: tuple[str, ...] = (_LOCK,)) -> None:
+    """Empty a working folder, but for the files named."""
     for path in work.iterdir():
-        if path.name not in keep:
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in keep:
             path.unlink()
 
 

@@ -112,7 +112,11 @@ def quantize(
         vocab_size=skeleton.vocabulary,
     )
     skeleton.reader.check_finite()
-    return run.go(skeleton, calibration, batch_tokens, max_shard_bytes, overwrite)
+    threads = torch.get_num_threads()
+    try:
+        return run.go(skeleton, calibration, batch_tokens, max_shard_bytes, overwrite)
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Tokenizer:
@@ -163,7 +167,9 @@ class _Run:
         unfinished = check_output(self.out, settings, overwrite)
         tokens = batch_tokens or batch_tokens_for(self.device, blocks)
         if unfinished is not None:
-            tokens = unfinished.batch_tokens  # decides how sums are rounded, and so the bytes
+            # Both decide how sums are rounded, and so the bytes.
+            tokens = unfinished.batch_tokens
+            torch.set_num_threads(unfinished.threads)
         feed = Feed(skeleton, list_name, calibration.samples, tokens, self.device)
         kinds, kind_of_block = discover(skeleton, list_name, blocks, feed, self.config, self.device)
         require_layers(kind_of_block, self.config, blocks)
