@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import os
+
+# Tiny models gain nothing from threads, and on a busy machine threads that wait for one another lose tenfold.
+# Processes that tests start inherit it. It must be set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 BOOKS6M = Path(str(resources.files("awq").joinpath("data/books6m")))
+
+# Examples are cheap, but a busy machine may stall one of them.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 # Sizes common to the tiny models: every linear layer divides by groups of 32 and by 8 rows.
 _SIZES: dict[str, Any] = {

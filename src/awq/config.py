@@ -101,7 +101,8 @@ class QuantConfig:
             raise ConfigError(f"scale_steps={self.scale_steps} must be at least 1")
         # Lists arrive from JSON and from callers; a frozen value holds a tuple.
         skipped = self.modules_to_not_convert or ()
-        if isinstance(skipped, str) or not all(isinstance(name, str) for name in skipped):
+        # An empty name would be part of every other.
+        if isinstance(skipped, str) or not all(isinstance(name, str) and name for name in skipped):
             raise ConfigError(f"modules_to_not_convert must be a list of names, not {skipped!r}")
         object.__setattr__(self, "modules_to_not_convert", tuple(skipped))
 

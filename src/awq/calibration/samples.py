@@ -59,7 +59,7 @@ class CalibrationSet:
         cut = f"; {_count(self.truncated_tokens, 'token')} dropped" if self.truncated_tokens else ""
         return (
             f"{_count(len(self.samples), 'sample')} of up to {_count(longest, 'token')}, "
-            f"{self.tokens:,} tokens in all, from {self.source}{cut}"
+            f"{_count(self.tokens, 'token')} in all, from {self.source}{cut}"
         )
 
 
@@ -185,7 +185,12 @@ class _Reader:
         return self._tokenize(text, add_special_tokens=False)
 
     def _checked(self, item: Any) -> Tensor:
-        ids = torch.as_tensor(item)
+        try:
+            ids = torch.as_tensor(item)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise CalibrationError(
+                f"{self._name}: token ids must be whole numbers of 64 bits ({_first_line(error)})"
+            ) from error
         if ids.dim() == 2 and ids.shape[0] == 1:
             ids = ids[0]  # as tokenizers return it with return_tensors="pt"
         if ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() != 1):

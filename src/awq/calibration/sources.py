@@ -149,7 +149,7 @@ def _jsonl(path: Path, text_column: str) -> Iterator[Any]:
             text = _decode(line, where)
             try:
                 row = json.loads(text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise CalibrationError(f"{where}: not JSON ({error})") from error
             yield _document(row, text_column, where)
 
@@ -158,7 +158,7 @@ def _json(path: Path, text_column: str) -> Iterator[Any]:
     text = _decode(path.read_bytes(), str(path))
     try:
         rows = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CalibrationError(f"{path}: not JSON ({error})") from error
     if not isinstance(rows, list):
         raise CalibrationError(f"{path} must hold a list of texts, not a {type(rows).__name__}")

@@ -10,25 +10,48 @@ from typing import Any
 
 from rich.console import Console
 
-from awq.errors import ConfigError, LoadError, OutputError
+from awq.errors import ConfigError, OutputError
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
 def console(json_to: str | None = None) -> Console:
-    """For people; on the standard error stream when JSON goes to the standard output."""
-    return Console(stderr=json_to == "-", soft_wrap=True, highlight=False)
+    """For people; on the standard error stream when JSON goes to the standard output.
+
+    Raises:
+        OutputError: JSON is to go to a file that cannot be; better known before the work.
+    """
+    check_target(json_to)
+    # Names of files may hold brackets, which rich would read as its markup.
+    return Console(stderr=json_to == "-", soft_wrap=True, highlight=False, markup=False)
+
+
+def check_target(target: str | None, out: str | None = None) -> None:
+    """Refuse a file whose folder does not exist, unless it is `out`, which is going to be made.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    if target is None or target == "-":
+        return
+    path = Path(target)
+    if path.is_dir() or not (path.parent.is_dir() or (out and path.parent == Path(out))):
+        raise OutputError(
+            f"cannot write {target}: " + ("it is a folder" if path.is_dir() else "no such folder")
+        )
 
 
 def write_json(value: Any, target: str | None) -> None:
-    """Write figures to a file, or to the standard output for `-`.
+    """Write figures to a file, or to the standard output for `-`; see `finite` for what JSON cannot say.
 
     Raises:
         OutputError: the file cannot be written.
     """
     if target is None:
         return
-    text = json.dumps(value, indent=2, ensure_ascii=False)
+    from awq.pipeline.report import finite
+
+    text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False)
     if target == "-":
         print(text)
         return
@@ -90,12 +113,6 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
     Raises:
         LoadError: there is none that can be loaded.
     """
-    from transformers import AutoTokenizer
+    from awq.model import fetch
 
-    from awq.model.fetch import resolve
-
-    folder = resolve(model)
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        raise LoadError(f"{folder} has no tokenizer that can be loaded: {error}") from error
+    return fetch.load_tokenizer(fetch.resolve(model), trust_remote_code)

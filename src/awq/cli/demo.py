@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from awq.cli.common import console, load_model, load_tokenizer, quiet_libraries, write_json
 from awq.cli.quantize import Display, size
@@ -38,7 +39,7 @@ def command(
         rows = _judge(folders, windows)
         _print_table(printer, rows)
         for name, row in rows.items():
-            printer.print(f"\n[bold]{name}[/]: {row['text']}")
+            printer.print(Text.assemble("\n", (name, "bold"), ": ", row["text"]))
         if out:
             printer.print(f"\nThe checkpoints are in {base}.")
         write_json(rows, json)

@@ -36,21 +36,27 @@ def command(
 ) -> None:
     """Judge a model on a text: perplexity, KL divergence and agreement with the original. Or on tasks."""
     from awq.evaluate import compare, document_ids, perplexity, token_ids
-    from awq.model import pick_device
+    from awq.model import pick_device, read_json
+    from awq.model.fetch import resolve
 
     if tasks is None and (limit is not None or fewshot is not None or include_path is not None):
         raise ConfigError("--limit, --fewshot and --include-path belong to --tasks")
     if batch_size < 1 or (max_tokens is not None and max_tokens < 1):
         raise ConfigError("--batch-size and --max-tokens must be at least 1")
     quiet_libraries()
+    out = console(json)
     if dtype == "auto" and pick_device(device).type == "cpu":
         dtype = "float32"
     options: dict[str, Any]
+    for folder in (model, against):
+        if folder is not None:
+            read_json(resolve(folder) / "config.json")  # what is missing is known before anything is loaded
     if tasks is not None:
         options = {"limit": limit, "fewshot": fewshot, "include_path": include_path, "batch_size": batch_size}
         models = [model] if against is None else [against, model]
         _tasks(models, tasks, (dtype, device, trust_remote_code), options, json)
         return
+    ids = (document_ids if documents else token_ids)(text, load_tokenizer(model, trust_remote_code))
     judged = load_model(model, dtype, device, trust_remote_code, exact=True)
     longest = getattr(judged.config.get_text_config(), "max_position_embeddings", None) or window
     options = {
@@ -59,7 +65,6 @@ def command(
         "max_tokens": max_tokens,
         "batch_size": batch_size,
     }
-    ids = (document_ids if documents else token_ids)(text, load_tokenizer(model, trust_remote_code))
     table = Table(title=f"{model} on {text} ({str(judged.dtype).removeprefix('torch.')})")
     table.add_column("figure")
     table.add_column("value", justify="right")
@@ -79,7 +84,6 @@ def command(
         table.add_row("top-1 agreement", f"{result.top1:.4%}", f"{result.top1_stderr:.4%}")
         figures |= {"against": against} | dataclasses.asdict(result)
     table.add_row("perplexity", f"{ppl.value:.4f}", f"{ppl.stderr:.4f}")
-    out = console(json)
     out.print(table)
     out.print(f"perplexity: {ppl.definition()}")
     write_json(figures, json)

@@ -43,6 +43,11 @@ def command(
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)
     ids = inputs["input_ids"].to(loaded.device)
+    room = _room(loaded, ids.shape[1])
+    if room < max_new_tokens:
+        console("-").print(
+            f"the model's context has room for {room} tokens behind the prompt", style="yellow"
+        )
     if seed is not None:
         torch.manual_seed(seed)
     options: dict[str, Any] = {"do_sample": temperature > 0}
@@ -52,7 +57,7 @@ def command(
     output = loaded.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=min(max_new_tokens, room),
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         **options,
@@ -60,3 +65,17 @@ def command(
     seconds = time.perf_counter() - started
     new = output.shape[1] - ids.shape[1]
     console("-").print(f"{new} tokens in {seconds:.2f} s, {new / seconds:.1f} tokens/s", style="dim")
+
+
+def _room(model: Any, tokens: int) -> int:
+    """Tokens that can follow `tokens` of prompt in the model's context.
+
+    Raises:
+        ConfigError: none can.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        return sys.maxsize
+    if tokens >= limit:
+        raise ConfigError(f"the prompt has {tokens} tokens, and the model's context ends at {limit}")
+    return limit - tokens

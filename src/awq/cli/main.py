@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
+from typer.core import TyperGroup
 
 from awq.cli import convert, demo, evaluate, generate, inspect, quantize
 from awq.errors import AwqError
 
+
+class _Interrupted(Exception):  # noqa: N818 (not an error: the user's wish)
+    pass
+
+
+class _Commands(TyperGroup):
+    """Lets an interruption through to `run`, where typer would end the process without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise _Interrupted from None
+
+
 app = typer.Typer(
     name="awq",
+    cls=_Commands,
     help="Quantize Hugging Face language models to 4 bits, and run them.",
     no_args_is_help=True,
     add_completion=False,
@@ -55,13 +72,15 @@ def run() -> None:
     except AwqError as error:
         if os.environ.get("AWQ_DEBUG"):
             raise
-        Console(stderr=True).print(
-            f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True
-        )
+        _say(Text.assemble(("error:", "bold red"), " ", " ".join(str(error).split())))
         sys.exit(1)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; a quantization continues when the same command is run again")
+    except (_Interrupted, KeyboardInterrupt):
+        _say("interrupted; a quantization continues when the same command is run again")
         sys.exit(130)
+
+
+def _say(message: str | Text) -> None:
+    Console(stderr=True).print(message, highlight=False, soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from awq.cli.common import console, quiet_libraries, write_json
+from awq.cli.common import check_target, console, quiet_libraries, write_json
 
 if TYPE_CHECKING:
     from awq.pipeline import BlockReport, Plan, Report
@@ -58,7 +58,9 @@ def command(
         dtype=dtype,  # type: ignore[arg-type]
         modules_to_not_convert=tuple(skip or ()),
     )
-    out_console = console(json)
+    check_target(report, out)
+    check_target(json, out)
+    out_console = console("-" if json == "-" else None)
     out_console.print(f"Opening {model} …", style="dim")
     from awq.pipeline import quantize
 

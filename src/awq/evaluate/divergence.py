@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from awq.errors import EvaluationError
 from awq.evaluate.perplexity import Perplexity, log_probabilities, picked
 from awq.evaluate.windows import Mean, batches, windows
 
@@ -49,12 +50,17 @@ def compare(
     Args: as `awq.evaluate.perplexity`, and `reference`, the model to compare with.
 
     Raises:
-        EvaluationError: a model gives NaN or infinity.
+        EvaluationError: a model gives NaN or infinity, or the vocabularies differ.
     """
     kl, top1, own, other = Mean(), Mean(), Mean(), Mean()
     for part, scored in batches(windows(ids, window, stride, max_tokens), batch_size):
         target = log_probabilities(reference, part)
         logs = log_probabilities(model, part).to(target.device)
+        if logs.shape != target.shape:
+            raise EvaluationError(
+                f"the vocabularies differ ({logs.shape[-1]} tokens, {target.shape[-1]} in the reference): "
+                "the models cannot be compared"
+            )
         scored = scored.to(target.device)
         # Each term p log(p/q) - p + q is non-negative, so rounding cannot make the sum negative.
         p, q = target.exp(), logs.exp()
@@ -62,7 +68,7 @@ def compare(
         top1.add((target.argmax(-1) == logs.argmax(-1)).float(), scored)
         own.add(-picked(logs, part), scored)
         other.add(-picked(target, part), scored)
-    stride = stride or window
+    stride = window if stride is None else stride
     return Divergence(
         *kl.result(),
         *top1.result(),

@@ -45,7 +45,10 @@ class Perplexity:
     def of(cls, mean: Mean, window: int, stride: int) -> Perplexity:
         """From the negative log-likelihoods of all windows."""
         nll, stderr = mean.result()
-        value = math.exp(nll)
+        try:
+            value = math.exp(nll)
+        except OverflowError:
+            value = math.inf
         return cls(
             value,
             value * stderr,
@@ -83,7 +86,7 @@ def perplexity(
     for part, scored in batches(windows(ids, window, stride, max_tokens), batch_size):
         logs = log_probabilities(model, part)
         mean.add(-picked(logs, part), scored.to(logs.device))
-    return Perplexity.of(mean, window, stride or window)
+    return Perplexity.of(mean, window, window if stride is None else stride)
 
 
 def log_probabilities(model: Any, ids: Tensor) -> Tensor:

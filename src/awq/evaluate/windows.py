@@ -43,17 +43,20 @@ def windows(
         ConfigError: sizes have no meaning.
         CalibrationError: the text is shorter than one window, or no document has two tokens.
     """
-    stride = stride or window
+    stride = window if stride is None else stride
     if window < 2 or not 1 <= stride <= window:
         raise ConfigError(f"window={window} must be at least 2, and stride={stride} between 1 and it")
     if isinstance(ids, Tensor):
-        ids = ids[:max_tokens] if max_tokens else ids
+        ids = ids if max_tokens is None else ids[: max(0, max_tokens)]
         if len(ids) < window:
-            raise CalibrationError(f"the text has {len(ids)} tokens, fewer than one window of {window}")
+            raise CalibrationError(
+                f"the text has {len(ids)} tokens, fewer than one window of {window}; use a smaller window or "
+                "a longer text"
+            )
         begins = range(0, len(ids) - window + 1, stride)
         return [Window(ids[b : b + window], max(1, window - stride if b else 1)) for b in begins]
     found = [part for document in ids for part in _windows_of_document(document, window, stride)]
-    if max_tokens:
+    if max_tokens is not None:
         found = list(_up_to(found, max_tokens))
     if not found:
         raise CalibrationError("no document has two tokens or more: there is nothing to predict")

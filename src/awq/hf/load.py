@@ -19,8 +19,8 @@ _SHOWN = 10
 
 def is_awq(folder: Path) -> bool:
     """Whether a model folder says that it holds AWQ codes."""
-    entry = read_json(folder / "config.json").get("quantization_config") or {}
-    return entry.get("quant_method") == "awq"
+    entry = read_json(folder / "config.json").get("quantization_config")
+    return isinstance(entry, dict) and entry.get("quant_method") == "awq"
 
 
 def load_quantized(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from awq.errors import MissingFileError
+from awq.errors import LoadError, MissingFileError
 
 # What a model consists of here; pickled and foreign weights are not fetched.
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*"]
@@ -37,5 +37,26 @@ def resolve(model: str | Path, revision: str | None = None, options: Mapping[str
         )
     except Exception as error:  # the hub's client raises many kinds
         raise MissingFileError(
-            f"{name} is no folder here, and fetching it from the hub failed: {str(error).splitlines()[0]}"
+            f"{name} is no folder here, and fetching it from the hub failed: {_first_line(error)}"
         ) from error
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        LoadError: there is none that can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raise many kinds
+        raise LoadError(
+            f"{folder} has no tokenizer that can be loaded: {_first_line(error)}; put the original model's "
+            "tokenizer files there, or give token ids instead of text"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

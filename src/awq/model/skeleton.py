@@ -64,9 +64,6 @@ class Skeleton:
         Args:
             modules: `(name in the model, module)`.
             device: where the float32 weights go.
-
-        Raises:
-            StructureError: a weight is stored in a dtype that cannot be read as float.
         """
         wanted: dict[str, list[tuple[nn.Module, str, bool]]] = {}
         for path, module in modules:
@@ -75,15 +72,10 @@ class Skeleton:
                 if key is not None:
                     wanted.setdefault(key, []).append((module, name, is_parameter))
         for key, tensor in self.reader.read(list(wanted)):
-            stored = self.reader.tensors[key].dtype
             for module, name, is_parameter in wanted[key]:
                 if not is_parameter:
                     module._buffers[name] = tensor.to(device)
                     continue
-                if stored not in FLOAT_DTYPES:
-                    raise StructureError(
-                        f"{key} is stored as {stored}; convert the checkpoint to bfloat16 first"
-                    )
                 value = tensor.to(device=device, dtype=torch.float32)
                 module._parameters[name] = nn.Parameter(value, requires_grad=False)
         for _, module in modules:
@@ -114,8 +106,9 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> Skeleton:
         StructureError: the model's tensors cannot be streamed one by one.
     """
     raw = read_json(folder / "config.json")
-    if "quantization_config" in raw:
-        method = raw["quantization_config"].get("quant_method", "some method")
+    entry = raw.get("quantization_config")
+    if entry:
+        method = entry.get("quant_method", "some method") if isinstance(entry, dict) else entry
         raise AlreadyQuantizedError(
             f"{folder} is quantized already ({method}); start from the original weights"
         )
@@ -142,7 +135,7 @@ def _build(folder: Path, trust_remote_code: bool) -> tuple[Any, nn.Module]:
             model = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code
             )
-    except (ValueError, KeyError, OSError, ImportError) as error:
+    except Exception as error:  # configuration and modelling code, anything may come
         raise StructureError(f"transformers cannot build the model in {folder}: {error}") from error
     model.eval()
     return config, model
@@ -162,6 +155,12 @@ def _check_shapes(model: nn.Module, reader: CheckpointReader, keys: dict[str, st
     missing = [name for name, _ in model.named_parameters() if name not in keys]
     if missing:
         raise CorruptFileError(f"{folder} lacks {len(missing)} weights: {', '.join(missing[:10])}")
+    for name, _ in model.named_parameters():
+        stored = reader.tensors[keys[name]].dtype
+        if stored not in FLOAT_DTYPES:
+            raise StructureError(
+                f"{keys[name]} is stored as {stored}; convert the checkpoint to bfloat16 first"
+            )
     wrong = [
         f"{keys[name]} is {reader.tensors[keys[name]].shape}, the model wants {tuple(tensor.shape)}"
         for name, tensor in state.items()

@@ -22,6 +22,8 @@ from awq.errors import CorruptFileError, MissingFileError, WeightError
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Metadata entry of our files: names of tensors carried over although the model class does not use them.
 UNUSED_KEY = "openawq.unused"
+# What JSON of the wrong shape raises when it is read as a header, beside the library's own refusal.
+_NO_SENSE = (ValueError, TypeError, LookupError, AttributeError, RecursionError, OSError, SafetensorError)
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -64,7 +66,7 @@ class CheckpointReader:
         for file in self.files:
             tensors, metadata = read_header(folder / file)
             self.tensors.update(tensors)
-            self.unused.update(metadata.get(UNUSED_KEY, "").split())
+            self.unused.update(filter(None, metadata.get(UNUSED_KEY, "").split("\n")))
         self._check_index()
 
     def _check_index(self) -> None:
@@ -123,7 +125,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise MissingFileError(f"{path} does not exist") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise CorruptFileError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(value, dict):
         raise CorruptFileError(f"{path} holds no JSON object")
@@ -138,8 +140,10 @@ def _weight_files(folder: Path) -> list[str]:
         return [single.name]
     if index.exists():
         mapping = read_json(index).get("weight_map")
-        if not isinstance(mapping, dict):
-            raise CorruptFileError(f"{index} has no `weight_map`")
+        if not isinstance(mapping, dict) or not all(isinstance(file, str) for file in mapping.values()):
+            raise CorruptFileError(f"{index} has no `weight_map` of file names")
+        if not mapping:
+            raise CorruptFileError(f"{index} names no files")
         files = sorted(set(mapping.values()))
         absent = [file for file in files if not (folder / file).exists()]
         if absent:
@@ -166,23 +170,25 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             if size < 8 or length > size - 8:
                 raise CorruptFileError(f"{path} is truncated: {size} bytes do not hold its header")
             header = json.loads(handle.read(length))
-    except (ValueError, OSError) as error:
+        metadata = header.pop("__metadata__", None) or {}
+        start = 8 + length
+        out = {
+            name: TensorInfo(
+                path.name,
+                entry["dtype"],
+                tuple(entry["shape"]),
+                start + entry["data_offsets"][0],
+                start + entry["data_offsets"][1],
+            )
+            for name, entry in header.items()
+        }
+        expected = max((info.end for info in out.values()), default=start)
+        if size < expected:
+            raise CorruptFileError(
+                f"{path} is truncated: {size} bytes where its header speaks of {expected}; fetch it again"
+            )
+        with safe_open(path, framework="pt"):
+            pass  # the library checks the rest: dtypes, and shapes and places against one another
+    except _NO_SENSE as error:
         raise CorruptFileError(f"{path} is no safetensors file: {error}") from error
-    metadata = header.pop("__metadata__", None) or {}
-    start = 8 + length
-    out = {
-        name: TensorInfo(
-            path.name,
-            entry["dtype"],
-            tuple(entry["shape"]),
-            start + entry["data_offsets"][0],
-            start + entry["data_offsets"][1],
-        )
-        for name, entry in header.items()
-    }
-    expected = max((info.end for info in out.values()), default=start)
-    if size < expected:
-        raise CorruptFileError(
-            f"{path} is truncated: {size} bytes where its header speaks of {expected}; fetch it again"
-        )
     return out, metadata

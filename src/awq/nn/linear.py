@@ -130,7 +130,22 @@ class QuantLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         # A kernel's arrangement belongs to its device and dtype: moved layers arrange anew when next used.
         self._release()
-        return super()._apply(fn, recurse)
+        before = {name: getattr(self, name) for name in _PACKED}
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
+                # Casts are meant for activations. Rounded scales would change every weight.
+                setattr(self, name, tensor.to(moved.device))
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # An arrangement depends on the processor: in a pickle its bytes could come to mean other codes.
+        state = self.__dict__.copy()
+        if self._choice is not None:
+            state |= {"_choice": None, "_state": None}
+            state["_buffers"] = self._buffers | gemm.pack(self.weight_canonical())
+        return state
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -64,7 +64,19 @@ def _named(skeleton: Skeleton, name: str, block: nn.Module, config: QuantConfig)
     return frozenset(layer for layer, key in hub.items() if any(part in key for part in parts))
 
 
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """New tensors are float32, whatever dtype the caller has made torch's default."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 @torch.no_grad()
+@float32_by_default()
 def structure_of(folder: Path, config: QuantConfig, trust_remote_code: bool = False) -> dict[str, Any]:
     """What quantizing a float model with `config` would do, as JSON values; nothing is written.
 

@@ -70,6 +70,7 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
 
 def _config(skeleton: Skeleton, config: QuantConfig, skipped: list[str]) -> dict[str, object]:
     value = dict(skeleton.raw_config)
+    value.pop("quantization_config", None)  # an empty one, as some tools write it
     if config.format not in PLAIN_FORMATS:
         value["quantization_config"] = config.to_hf(skipped)
     if config.dtype != "auto":
@@ -88,8 +89,10 @@ def copy_files(folder: Path, out: Path, rewritten: Collection[str]) -> None:
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if not path.is_file() or hidden or relative.name in rewritten or path.suffix in _FOREIGN_WEIGHTS:
+        if not path.is_file() or hidden or str(relative) in rewritten or path.suffix in _FOREIGN_WEIGHTS:
             continue
+        if out.resolve() in path.resolve().parents:
+            continue  # the output folder lies inside the model's
         target = out / relative
         with disk_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -8,13 +8,17 @@ between any two leaves a journal that speaks of files that are whole.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,6 +27,7 @@ from awq.model import CheckpointReader, read_json
 from awq.pipeline.writer import disk_errors, write_json
 
 WORK_FOLDER = ".awq-unfinished"
+_JOURNAL, _LOCK = "journal.json", "lock"
 # Bytes read at each of the places where a weight file is sampled to recognise it.
 _SAMPLE, _PLACES = 1 << 16, 16
 
@@ -34,8 +39,8 @@ class Journal:
     Args:
         work: the working folder.
         settings: everything that decides the bytes of the result.
-        blocks: reports of the blocks done, in order.
-        batch_tokens: tokens of a batch, which decides how sums are rounded.
+        batch_tokens, threads: tokens of a batch, and threads of the processor: they decide how sums are
+            rounded, and so the bytes.
         blocks: reports of the blocks done, in order.
         complete: every tensor is written; what remains is to give the files their names.
     """
@@ -43,6 +48,7 @@ class Journal:
     work: Path
     settings: dict[str, Any]
     batch_tokens: int
+    threads: int
     blocks: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     complete: bool = False
 
@@ -53,8 +59,8 @@ class Journal:
 
     def save(self) -> None:
         """Replace the journal on disk."""
-        value = {field: getattr(self, field) for field in ("settings", "batch_tokens", "blocks", "complete")}
-        write_json(self.work / "journal.json", value)
+        value = {field: getattr(self, field) for field in _SAVED}
+        write_json(self.work / _JOURNAL, value)
 
     def finish_block(self, report: dict[str, Any], hidden: list[Tensor]) -> None:
         """Note a block whose tensors are on disk, and the hidden states behind it."""
@@ -81,12 +87,21 @@ class Journal:
             raise ResumeError(f"{path} cannot be read ({error}); start over with overwrite") from error
         return [tensors[name] for name in sorted(tensors)]
 
+    def close(self) -> None:
+        """Forget a finished run. The journal goes last: until then the run can be finished again."""
+        with disk_errors(self.work):
+            clear(self.work, keep=(_JOURNAL, _LOCK))
+            clear(self.work)
+
     def _hidden(self, block: int) -> Path:
         return self.work / f"hidden-{block:05d}.safetensors"
 
 
+_SAVED = ("settings", "batch_tokens", "threads", "blocks", "complete")
+
+
 def open_journal(out: Path, settings: dict[str, Any], batch_tokens: int, overwrite: bool) -> Journal:
-    """Start a run in `out`, or continue the one that was interrupted there.
+    """Start a run in `out`, or continue the one that was interrupted there. The folder must be locked.
 
     Raises:
         OutputExistsError, ResumeError: see `check_output`.
@@ -96,12 +111,10 @@ def open_journal(out: Path, settings: dict[str, Any], batch_tokens: int, overwri
         return unfinished
     work = out / WORK_FOLDER
     with disk_errors(work):
-        if work.exists():
-            shutil.rmtree(work)
-        for path in out.iterdir() if out.exists() else ():
+        clear(work)
+        for path in out.iterdir():
             remove_result(path)
-        work.mkdir(parents=True, exist_ok=True)
-    journal = Journal(work, settings, batch_tokens)
+    journal = Journal(work, settings, batch_tokens, torch.get_num_threads())
     journal.save()
     return journal
 
@@ -115,7 +128,7 @@ def check_output(out: Path, settings: dict[str, Any], overwrite: bool) -> Journa
     """
     if overwrite:
         return None
-    if (out / WORK_FOLDER / "journal.json").exists():
+    if (out / WORK_FOLDER / _JOURNAL).exists():
         return _continue(out / WORK_FOLDER, settings)
     if out.exists() and not out.is_dir():
         raise OutputExistsError(f"{out} is a file; give the name of a folder")
@@ -134,10 +147,12 @@ def remove_result(path: Path) -> None:
 
 def _continue(work: Path, settings: dict[str, Any]) -> Journal:
     try:
-        saved = read_json(work / "journal.json")
-    except CheckpointError as error:
-        raise ResumeError(f"the journal of unfinished work is unreadable: {error}") from error
-    theirs = saved.get("settings", {})
+        saved = read_json(work / _JOURNAL)
+        theirs, *rest = (saved[field] for field in _SAVED)
+    except (CheckpointError, KeyError) as error:
+        raise ResumeError(
+            f"the journal of unfinished work is unreadable ({error}); start over with overwrite"
+        ) from error
     differing = sorted(
         f"{key}: {theirs.get(key)!r} there, {settings.get(key)!r} now"
         for key in set(theirs) | set(settings)
@@ -148,32 +163,60 @@ def _continue(work: Path, settings: dict[str, Any]) -> Journal:
             f"{work.parent} holds unfinished work made with other settings ({'; '.join(differing)}); "
             "repeat the earlier command to finish it, choose another folder, or overwrite it on purpose"
         )
-    return Journal(work, settings, saved["batch_tokens"], saved["blocks"], saved["complete"])
+    return Journal(work, settings, *rest)
 
 
-def lock(work: Path) -> IO[str]:
-    """Hold the working folder for this process; keep the returned file open as long.
+def clear(work: Path, keep: tuple[str, ...] = (_LOCK,)) -> None:
+    """Empty a working folder, but for the files named."""
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in keep:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def lock(out: Path) -> Iterator[None]:
+    """Hold the working folder inside `out` for this process; it is removed if no journal is left in it.
 
     Raises:
-        OutputError: another process holds it.
+        OutputError: another process holds it, or it cannot be made.
     """
-    handle = (work / "lock").open("w")
-    try:
-        import fcntl
+    work = out / WORK_FOLDER
+    with disk_errors(work):
+        work.mkdir(parents=True, exist_ok=True)
+        handle = (work / _LOCK).open("w")
+    with handle:
+        try:
+            import fcntl
 
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass  # no such locks on this system
-    except OSError as error:
-        handle.close()
-        raise OutputError(f"another process is writing to {work.parent}") from error
-    return handle
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass  # no such locks on this system
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise OutputError(f"another process is writing to {out}") from error
+            # Any other refusal: no such locks on this file system.
+        try:
+            yield
+        finally:
+            if not (work / _JOURNAL).exists():
+                with contextlib.suppress(OSError):
+                    handle.close()
+                    (work / _LOCK).unlink()
+                    work.rmdir()
+
+
+def taken(out: Path) -> int:
+    """Bytes on disk that an earlier run in `out` holds, and that a run there uses again or frees."""
+    files = [*out.glob("*.safetensors"), *(out / WORK_FOLDER).glob("*")]
+    return sum(getattr(status, "st_blocks", 0) * 512 for status in (path.stat() for path in files))
 
 
 def recognise(reader: CheckpointReader) -> dict[str, str]:
-    """A short hash of each weight file: its length and samples of its bytes, evenly spread."""
+    """A short hash of config.json and of each weight file: length and samples of its bytes, evenly spread."""
     out = {}
-    for name in reader.files:
+    for name in ["config.json", *reader.files]:
         path = reader.folder / name
         size = path.stat().st_size
         digest = hashlib.sha256(str(size).encode())

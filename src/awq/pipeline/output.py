@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from awq.pipeline.journal import WORK_FOLDER, check_output, lock, remove_result
+from awq.pipeline.journal import WORK_FOLDER, check_output, clear, lock, remove_result
 from awq.pipeline.writer import disk_errors
 
 
@@ -23,35 +23,22 @@ def output_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         OutputError: it cannot be written, or another process is writing to it.
     """
     check_output(out, {}, overwrite)
-    work = out / WORK_FOLDER
-    existed = out.exists()
-    with disk_errors(work):
-        work.mkdir(parents=True, exist_ok=True)
-    handle = lock(work)
-    try:
-        _empty(work)
-        yield work
-        with disk_errors(out):
-            if overwrite:
-                for path in out.iterdir():
-                    remove_result(path)
-            _move(work, out)
-    except BaseException:
-        handle.close()
-        shutil.rmtree(work, ignore_errors=True)
-        if not existed:
-            shutil.rmtree(out, ignore_errors=True)
-        raise
-    handle.close()
-    shutil.rmtree(work)
-
-
-def _empty(work: Path) -> None:
-    for path in work.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != "lock":
-            path.unlink()
+    work, existed = out / WORK_FOLDER, out.exists()
+    with lock(out):
+        clear(work)
+        try:
+            yield work
+            with disk_errors(out):
+                if overwrite:
+                    for path in out.iterdir():
+                        remove_result(path)
+                _move(work, out)
+        except BaseException:
+            clear(work)
+            if not existed:
+                shutil.rmtree(out, ignore_errors=True)
+            raise
+        clear(work)
 
 
 def _move(work: Path, out: Path) -> None:

@@ -24,6 +24,8 @@ from awq.model.invariance import Proof, prove
 from awq.model.weights import FLOAT_DTYPES
 from awq.pipeline.writer import ShardPlan, TensorPlan, plan_shards, tensor_plan
 
+_NAMED = "named in modules_to_not_convert"
+
 
 @dataclasses.dataclass(frozen=True)
 class KindPlan:
@@ -111,7 +113,7 @@ def _skip_reasons(
     for name, linear in linears_of(block).items():
         size = config.effective_group_size(linear.in_features)
         if name in named:
-            reasons[name] = "named in modules_to_not_convert"
+            reasons[name] = _NAMED
         elif name not in ran:
             reasons[name] = "did not run on the probe text"
         elif reason := layout.supports(linear.out_features, linear.in_features, size, config.bits):
@@ -129,20 +131,37 @@ def _skip_reasons(
 def require_layers(kinds: Sequence[KindPlan], config: QuantConfig, blocks: Sequence[nn.Module]) -> None:
     """Refuse a setting that would quantize nothing.
 
+    Args:
+        kinds: the kind of each block.
+        config: what to quantize to.
+        blocks: the decoder blocks.
+
     Raises:
         ConfigError: with the group size that would serve most layers.
     """
     if any(kind.layers for kind in kinds):
         return
-    widths = [linear.in_features for block in blocks for linear in linears_of(block).values()]
-    served = {size: sum(width % size == 0 for width in widths) for size in (128, 64, 32, 16, 8)}
+    served = {size: _served(kinds, config, blocks, size) for size in (128, 64, 32, 16, 8)}
     best = max(served, key=lambda size: (served[size], size))
-    cure = f"; group_size={best} would serve {served[best]} of {len(widths)}" if served[best] else ""
+    total = sum(len(linears_of(block)) for block in blocks)
+    cure = f"; group_size={best} would serve {served[best]} of {total}" if served[best] else ""
     reasons = sorted({reason for kind in kinds for reason in kind.skipped.values()})
     raise ConfigError(
         f"group_size={config.group_size} with bits={config.bits} serves no layer of this model{cure} "
         f"({'; '.join(reasons) or 'its blocks have no linear layers'})"
     )
+
+
+def _served(
+    kinds: Sequence[KindPlan], config: QuantConfig, blocks: Sequence[nn.Module], group_size: int
+) -> int:
+    """Layers that another group size would quantize."""
+    other = dataclasses.replace(config, group_size=group_size)
+    count = 0
+    for kind, block in zip(kinds, blocks, strict=True):
+        named = frozenset(name for name, reason in kind.skipped.items() if reason == _NAMED)
+        count += len(linears_of(block)) - len(_skip_reasons(block, kind.structure, other, named))
+    return count
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Protocol
 
 from awq.pipeline.writer import write_json as write_json
@@ -91,7 +92,18 @@ class Report:
         else:
             for key in ("model", "resumed_at", "peak_bytes"):
                 del plan[key]
-        return out
+        return dict(finite(out))
+
+
+def finite(value: Any) -> Any:
+    """`value` with None in the place of NaN and infinity, for which JSON has no words."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
 
 
 class Progress(Protocol):

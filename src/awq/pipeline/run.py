@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,17 +14,17 @@ from torch import nn
 
 from awq.calibration import CalibrationSet, load_calibration
 from awq.config import QuantConfig
-from awq.errors import OutputExistsError, WeightError
+from awq.errors import ConfigError, OutputExistsError, WeightError
 from awq.formats import get_format
 from awq.model import Skeleton, find_blocks, open_model, pick_device
-from awq.model.fetch import resolve
+from awq.model.fetch import load_tokenizer, resolve
 from awq.model.groups import linears_of
 from awq.model.invariance import prove
 from awq.pipeline.block import BlockResult, make_judge, measure, quantize_block, report_of
-from awq.pipeline.discover import discover, matmul_precision
+from awq.pipeline.discover import discover, float32_by_default, matmul_precision
 from awq.pipeline.feed import Feed
 from awq.pipeline.finish import cast, finish
-from awq.pipeline.journal import Journal, check_output, lock, open_journal, recognise
+from awq.pipeline.journal import Journal, check_output, lock, open_journal, recognise, taken
 from awq.pipeline.memory import batch_tokens_for, peak_memory
 from awq.pipeline.preflight import (
     Files,
@@ -44,6 +43,7 @@ _DEFAULT_SHARD_BYTES = 5 * 10**9
 
 
 @torch.no_grad()
+@float32_by_default()
 def quantize(
     model: str | Path,
     out: str | Path,
@@ -88,6 +88,9 @@ def quantize(
         AwqError: see `awq.errors`; all but a full disk is found before any work is done.
     """
     started = time.perf_counter()
+    for name, value in (("batch_tokens", batch_tokens), ("max_shard_bytes", max_shard_bytes)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}={value} must be at least 1")
     run = _Run(
         folder=resolve(model),
         out=Path(out).expanduser(),
@@ -109,7 +112,11 @@ def quantize(
         vocab_size=skeleton.vocabulary,
     )
     skeleton.reader.check_finite()
-    return run.go(skeleton, calibration, batch_tokens, max_shard_bytes, overwrite)
+    threads = torch.get_num_threads()
+    try:
+        return run.go(skeleton, calibration, batch_tokens, max_shard_bytes, overwrite)
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Tokenizer:
@@ -121,9 +128,7 @@ class _Tokenizer:
 
     def _get(self) -> Any:
         if self._loaded is None:
-            from transformers import AutoTokenizer
-
-            self._loaded = AutoTokenizer.from_pretrained(self._folder, trust_remote_code=self._trust)
+            self._loaded = load_tokenizer(self._folder, self._trust)
         return self._loaded
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -162,10 +167,12 @@ class _Run:
         unfinished = check_output(self.out, settings, overwrite)
         tokens = batch_tokens or batch_tokens_for(self.device, blocks)
         if unfinished is not None:
-            tokens = unfinished.batch_tokens  # decides how sums are rounded, and so the bytes
+            # Both decide how sums are rounded, and so the bytes.
+            tokens = unfinished.batch_tokens
+            torch.set_num_threads(unfinished.threads)
         feed = Feed(skeleton, list_name, calibration.samples, tokens, self.device)
         kinds, kind_of_block = discover(skeleton, list_name, blocks, feed, self.config, self.device)
-        require_layers(kinds, self.config, blocks)
+        require_layers(kind_of_block, self.config, blocks)
         quantized = {
             skeleton.keys[f"{list_name}.{i}.{name}.weight"]: linears_of(block)[name]
             for i, block in enumerate(blocks)
@@ -174,9 +181,9 @@ class _Run:
         files = plan_files(skeleton, list_name, quantized, self.config, max_shard_bytes)
         skipped = _skipped(skeleton, list_name, kind_of_block)
         hidden_bytes = sum(tensor.nbytes for tensor in feed.hidden)
-        check_disk(self.out, files.bytes + 2 * hidden_bytes)
-        journal = open_journal(self.out, settings, feed.batch_tokens, overwrite)
-        with lock(journal.work):
+        check_disk(self.out, files.bytes + 2 * hidden_bytes - taken(self.out))
+        with lock(self.out):
+            journal = open_journal(self.out, settings, feed.batch_tokens, overwrite)
             writer = ShardWriter(journal.work, files.shards, journal.complete)
             plan = Plan(
                 model=str(self.folder),
@@ -206,7 +213,7 @@ class _Run:
             if files.unused:
                 first, count = files.unused[0], len(files.unused)
                 self.progress.note(f"{count} tensors the model does not use are carried over ({first} …)")
-            if journal.resumed:
+            if journal.resumed and len(journal.blocks) < len(blocks):
                 feed.hidden = journal.hidden()
             self.seconds["prepare"] = time.perf_counter() - self.started
             with matmul_precision("high" if self.device.type == "cuda" else "highest"):
@@ -220,7 +227,7 @@ class _Run:
                 self.seconds["total"] = time.perf_counter() - self.started
                 report = Report(plan, self.config.to_dict(), reports, self.seconds, peak_memory(self.device))
                 finish(skeleton, files, writer, journal, self.out, self.config, sorted(skipped), report)
-        shutil.rmtree(journal.work)
+                journal.close()
         self.seconds["total"] = time.perf_counter() - self.started
         return report
 
@@ -228,6 +235,8 @@ class _Run:
         self, skeleton: Skeleton, calibration: CalibrationSet, batch_tokens: int | None, max_shard_bytes: int
     ) -> dict[str, Any]:
         """Everything that decides the bytes of the result."""
+        import transformers
+
         import awq
 
         return {
@@ -239,6 +248,7 @@ class _Run:
             "device": self.device.type,
             "openawq": awq.__version__,
             "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
         }
 
     def _block(
@@ -290,6 +300,7 @@ class _Run:
             feed.hidden = outputs + behind
             spent = {key: self.seconds[key] - before.get(key, 0.0) for key in ("forward", "search")}
             report = BlockReport(name, spent, report_of(result))
+            journal.batch_tokens = feed.batch_tokens  # the hidden states are cut that way
             journal.finish_block(dataclasses.asdict(report), feed.hidden)
         self.progress.block_done(index, report)
 

@@ -16,11 +16,13 @@ import dataclasses
 import errno
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from awq.errors import DiskFullError, OutputError
@@ -39,7 +41,10 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16}
+# Widths of elements above 8 bits, by which tensors are ordered.
+_BITS = {"C64": 64, "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32} | dict.fromkeys(
+    ("F16", "BF16", "I16", "U16"), 16
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,10 +220,19 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OutputError:
         raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except (OSError, SafetensorError) as error:
+        code, reason = _reason(error)
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise DiskFullError(
-                f"no room for {path}: {error.strerror}; free some space and run the same command again: "
+                f"no room for {path}: {reason}; free some space and run the same command again: "
                 "it continues where it was"
             ) from error
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+        raise OutputError(f"cannot write {path}: {reason}") from error
+
+
+def _reason(error: Exception) -> tuple[int | None, str]:
+    """The system's number and words; safetensors tells the number in its own error's text only."""
+    if isinstance(error, OSError):
+        return error.errno, error.strerror or str(error)
+    found = re.search(r"os error (\d+)", str(error))
+    return (int(found[1]), os.strerror(int(found[1]))) if found else (None, str(error))
