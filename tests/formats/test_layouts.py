@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from awq.config import PLAIN_FORMATS
 from awq.errors import ConfigError, CorruptFileError
 from awq.formats import LAYOUTS, exllama, get_format, gguf, mlx
 from awq.weight import QuantizedWeight
@@ -278,6 +279,6 @@ def test_what_a_layout_cannot_hold_is_refused_with_the_reason() -> None:
     assert "48" in str(get_format("gemv").supports(64, 96, 48, 4))
     assert "Q4_1" in str(gguf.supports(64, 64, 64, 3))
     for name, layout in LAYOUTS.items():
-        if name not in ("mlx", "float"):
+        if name not in ("mlx", *PLAIN_FORMATS):
             assert "bits" in str(layout.supports(64, 64, 64, 3)), name
         assert "divide" in str(layout.supports(64, 100, 64, 4)), name
