@@ -221,6 +221,24 @@ def test_inspect_tells_what_would_become_of_a_float_model(awq: Any, original: Pa
     assert "64 input channels do not divide" in kind["skipped"]["self_attn.q_proj"]
 
 
+def test_convert_and_export_write_other_layouts_and_tell_what_they_did(
+    awq: Any, quantized: Path, tmp_path: Path
+) -> None:
+    done = awq("convert", quantized, tmp_path / "gptq", "--to", "gptq", "--json", "-")
+    assert done.code == 0, done.err
+    assert (done.json["source"], done.json["target"], done.json["layers"]) == ("gemm", "gptq", 14)
+    assert "14 layers from gemm to gptq" in done.err
+    done = awq("export", quantized, tmp_path / "fp16", "--to", "fp16")
+    assert done.code == 0, done.err
+    assert "14 layers from gemm" in done.out
+    assert "quantization_config" not in json.loads((tmp_path / "fp16" / "config.json").read_text())
+    back = awq("convert", tmp_path / "gptq", tmp_path / "gemm", "--to", "gemm")
+    assert back.code == 0, back.err
+    one, two = (load_file(folder / "model.safetensors") for folder in (quantized, tmp_path / "gemm"))
+    assert set(one) == set(two)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 @pytest.mark.slow
 def test_demo_compares_both_methods_with_the_original(awq: Any, tmp_path: Path) -> None:
     done = awq(
@@ -258,6 +276,6 @@ def test_folders_with_brackets_in_their_names_are_no_markup(awq: Any, original: 
 
 def test_the_version_and_the_help_are_told(awq: Any) -> None:
     assert awq("--version").out == f"openawq {package.__version__}\n"
-    for command in ("quantize", "eval", "generate", "inspect", "demo"):
+    for command in ("quantize", "eval", "generate", "inspect", "convert", "export", "demo"):
         assert command in awq("--help").out
         assert awq(command, "--help").code == 0

@@ -77,6 +77,8 @@ def test_missing_models_are_refused_by_every_command(awq: Any, tmp_path: Path) -
         ("eval", "no-such-model"),
         ("generate", "no-such-model", "--prompt", "x"),
         ("inspect", "no-such-model"),
+        ("convert", "no-such-model", tmp_path / "out", "--to", "gptq"),
+        ("export", "no-such-model", tmp_path / "out", "--to", "mlx"),
     ):
         refused(awq(*arguments), "no-such-model is neither a folder nor the name of a model on the hub")
     (tmp_path / "empty").mkdir()
@@ -243,6 +245,29 @@ def test_a_folder_without_a_tokenizer_says_so(awq: Any, model: Path, tmp_path: P
     refused(awq("quantize", model, tmp_path / "out", *SMALL), "has no tokenizer that can be loaded")
     refused(awq("generate", model, "--prompt", "x"), "has no tokenizer that can be loaded")
     refused(awq("eval", model), "has no tokenizer that can be loaded")
+
+
+@pytest.mark.parametrize(
+    ("command", "target", "message"),
+    [
+        ("convert", "no_such_layout", "no_such_layout"),
+        ("export", "no_such_engine", "no_such_engine"),
+        ("convert", "gemm", "gemm"),
+    ],
+)
+def test_conversions_without_meaning_are_refused(
+    command: str, target: str, message: str, awq: Any, quantized: Path, original: Path, tmp_path: Path
+) -> None:
+    refused(awq(command, quantized, tmp_path / "out", "--to", target), message)
+    refused(awq(command, original, tmp_path / "out", "--to", target))
+    assert not (tmp_path / "out").exists()
+
+
+def test_conversions_leave_other_folders_alone(awq: Any, quantized: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "diary.txt").write_text("dear diary")
+    refused(awq("convert", quantized, tmp_path / "mine", "--to", "gptq"), "mine holds other files")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["diary.txt"]
 
 
 @pytest.mark.parametrize(

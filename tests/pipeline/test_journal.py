@@ -207,6 +207,8 @@ def test_work_folders_left_without_a_journal_are_started_over(
     work = tmp_path / "out" / WORK_FOLDER
     work.mkdir(parents=True)
     (work / "journal.json.tmp").write_text("{")
+    (work / "speech").mkdir()
+    (work / "speech" / "config.json").write_text("{}")
     quantize(model, tmp_path / "out", SMALL, IDS)
     assert contents(tmp_path / "out") == whole
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from awq.cli.common import check_target, console, quiet_libraries, write_json
 
@@ -86,6 +88,21 @@ def command(
         write_json(result.to_dict(), target)
 
 
+class TimeLeft(ProgressColumn):
+    """Time left at the pace of the blocks done so far, from the first one on.
+
+    rich's own column waits for a second step, and forgets steps of more than half a minute.
+    """
+
+    def render(self, task: Task) -> Text:
+        """`h:mm:ss`, or dashes before the first block is done."""
+        pace = task.fields.get("pace")
+        if pace is None or task.total is None:
+            return Text("-:--:--")
+        left = pace * (task.total - task.completed) - (task.get_time() - task.fields["since"])
+        return Text(str(datetime.timedelta(seconds=round(max(0.0, left)))))
+
+
 class Display:
     """Shows a run on a terminal: the plan, a bar with the time left, and what deserves a line."""
 
@@ -96,11 +113,12 @@ class Display:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("blocks, left:"),
-            TimeRemainingColumn(),
+            TimeLeft(),
             console=out,
             transient=True,
         )
         self._task: Any = None
+        self._started, self._done_before = 0.0, 0
 
     def __enter__(self) -> Display:
         return self
@@ -111,13 +129,16 @@ class Display:
     def planned(self, plan: Plan) -> None:
         """Print the preflight and start the bar."""
         print_plan(self._out, plan)
+        self._started, self._done_before = self._bar.get_time(), plan.resumed_at
         self._task = self._bar.add_task("quantizing", total=plan.blocks, completed=plan.resumed_at)
         self._bar.start()
 
     def block_done(self, number: int, report: BlockReport) -> None:
         """Move the bar on."""
         self._bar.print(report.line(), style="dim")
-        self._bar.update(self._task, completed=number + 1)
+        now, done = self._bar.get_time(), number + 1
+        pace = (now - self._started) / (done - self._done_before)
+        self._bar.update(self._task, completed=done, pace=pace, since=now)
 
     def note(self, message: str) -> None:
         """Print a line above the bar."""

@@ -28,6 +28,8 @@ from awq.pipeline.writer import disk_errors, write_json
 
 WORK_FOLDER = ".awq-unfinished"
 _JOURNAL, _LOCK = "journal.json", "lock"
+# Fields of a journal that are on disk.
+_SAVED = ("settings", "batch_tokens", "threads", "blocks", "complete")
 # Bytes read at each of the places where a weight file is sampled to recognise it.
 _SAMPLE, _PLACES = 1 << 16, 16
 
@@ -95,9 +97,6 @@ class Journal:
 
     def _hidden(self, block: int) -> Path:
         return self.work / f"hidden-{block:05d}.safetensors"
-
-
-_SAVED = ("settings", "batch_tokens", "threads", "blocks", "complete")
 
 
 def open_journal(out: Path, settings: dict[str, Any], batch_tokens: int, overwrite: bool) -> Journal:
