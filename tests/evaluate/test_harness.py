@@ -38,16 +38,19 @@ metric_list:
 
 
 @pytest.fixture
-def task_folder(tmp_path: Path) -> Path:
-    """A task that asks for the last word of six sentences, two of which any reader of books can finish."""
-    sentences = [
-        "He looked at her for a long time, and she looked at him",
-        "There was no one in the room, and he sat down in the chair by the fire, and looked at the",
-        "it was the best of qwxz",
-        "on the other hand brzk",
-        "she did not know what to vvvq",
-        "they went away from the zzzz",
-    ]
+def loaded(books6m: Path) -> tuple[Any, Any]:
+    return load_model(str(books6m), "float32", "cpu"), load_tokenizer(str(books6m))
+
+
+@pytest.fixture
+def task_folder(tmp_path: Path, loaded: tuple[Any, Any]) -> Path:
+    """A task that asks for the last word of five texts: two that the model finished itself, three absurd."""
+    model, tokenizer = loaded
+    sentences = ["it was the best of qwxz", "on the other hand brzk", "she did not know what to vvvq"]
+    for beginning in ("He looked at her, and", "There was no one in the"):
+        start = tokenizer(beginning, return_tensors="pt")
+        said = tokenizer.decode(model.generate(**start, max_new_tokens=9, do_sample=False)[0])
+        sentences.append(said.rpartition(" ")[0])  # the last word may be half said
     folder = tmp_path / "tasks"
     folder.mkdir()
     data = folder / "sentences.jsonl"
@@ -56,17 +59,13 @@ def task_folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def loaded(books6m: Path) -> tuple[Any, Any]:
-    return load_model(str(books6m), "float32", "cpu"), load_tokenizer(str(books6m))
-
-
 @pytest.mark.engines
 @needs_harness
 def test_a_task_from_a_local_file_needs_no_network(task_folder: Path, loaded: Any) -> None:
     model, tokenizer = loaded
     (score,) = run_tasks(model, tokenizer, ["last_word"], include_path=task_folder, batch_size=2)
-    assert (score.task, score.metric, score.samples) == ("last_word", "acc", 6)
+    assert (score.task, score.metric, score.samples) == ("last_word", "acc", 5)
+    assert 0 < score.value < 1
     assert score.value == pytest.approx(_accuracy(model, tokenizer, task_folder))
     assert score.stderr is not None
 
