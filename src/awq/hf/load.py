@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from awq.config import QuantConfig
-from awq.errors import ConfigError, LoadError
+from awq.errors import AwqError, ConfigError, LoadError
+from awq.hf.registration import register
 from awq.kernels import kernel_names
 from awq.model.fetch import resolve
 from awq.model.weights import CheckpointReader, read_json
@@ -48,24 +48,18 @@ def load_quantized(
         MissingFileError, CorruptFileError: files are missing or damaged.
         LoadError: a tensor is missing, unexpected or of another shape. Nothing is ever initialised at random.
     """
-    from transformers import AutoModelForCausalLM
-
-    from awq.hf.quantizer import register
-
     folder = resolve(path)
     if not is_awq(folder):
         raise ConfigError(f"{folder} holds no AWQ checkpoint; quantize it first, or load it as a float model")
-    entry = read_json(folder / "config.json")["quantization_config"]
-    if str(entry.get("version", "gemm")).lower() != "gemm":
-        raise ConfigError(f"{folder} is in the {entry['version']!r} layout; only `gemm` can be loaded yet")
-    QuantConfig.from_dict({k: entry[k] for k in ("bits", "group_size", "zero_point") if k in entry})
     if kernel is not None and kernel not in kernel_names():
         raise ConfigError(f"kernel {kernel!r} is unknown; known are: {', '.join(kernel_names())}")
     reader = CheckpointReader(folder)  # raises on missing and damaged files
     register()
     optional = {"max_memory": max_memory} if max_memory is not None else {}
+    # Codes are buffers, which accelerate would keep in memory otherwise.
+    kwargs.setdefault("offload_buffers", True)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = _auto_class(folder, trust_remote_code).from_pretrained(
             folder,
             dtype=dtype or "auto",
             device_map=device_map,
@@ -75,7 +69,7 @@ def load_quantized(
             **optional,
             **kwargs,
         )
-    except LoadError:
+    except AwqError:
         raise
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise LoadError(f"transformers cannot load {folder}: {error}") from error
@@ -85,6 +79,16 @@ def load_quantized(
             if isinstance(module, QuantLinear):
                 module.prepare(model.dtype, kernel)
     return model.eval()
+
+
+def _auto_class(folder: Path, trust_remote_code: bool) -> Any:
+    """The class of transformers that makes a generating model of this folder."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if type(config) in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def _raise_on_differences(folder: Path, info: dict[str, Any], unused: set[str]) -> None:
