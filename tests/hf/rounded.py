@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from awq.formats import gemm
+from awq.formats import get_format
 from awq.weight import QuantizedWeight
 
 GROUP = 32
@@ -25,17 +25,20 @@ FLOAT = re.compile(
 
 
 def round_to_codes(
-    weight: Tensor, group: int = GROUP, scales_dtype: torch.dtype = torch.float16
+    weight: Tensor,
+    group: int = GROUP,
+    scales_dtype: torch.dtype = torch.float16,
+    symmetric: bool = False,
 ) -> QuantizedWeight:
-    """Asymmetric 4-bit codes of a float weight `[out, in]`."""
+    """4-bit codes of a float weight `[out, in]`; symmetric ones have 8 for every zero point."""
     grouped = weight.float().view(weight.shape[0], -1, group)
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
-    scales = ((high - low) / 15).clamp(min=1e-5).to(scales_dtype)
-    zeros = (-low / scales.float()).round().clamp(0, 15)
+    span = grouped.abs().amax(-1) * 15 / 7 if symmetric else high - low
+    scales = (span / 15).clamp(min=1e-5).to(scales_dtype)
+    zeros = torch.full_like(low, 8) if symmetric else (-low / scales.float()).round().clamp(0, 15)
     codes = (grouped / scales.float().unsqueeze(-1)).round() + zeros.unsqueeze(-1)
-    return QuantizedWeight(
-        codes.clamp(0, 15).view(weight.shape).to(torch.uint8), scales, zeros.to(torch.uint8)
-    )
+    codes = codes.clamp(0, 15).view(weight.shape).to(torch.uint8)
+    return QuantizedWeight(codes, scales, zeros.to(torch.uint8))
 
 
 def quantized_pair(
@@ -45,6 +48,7 @@ def quantized_pair(
     entry: dict[str, Any] | None = None,
     scales_dtype: torch.dtype = torch.float16,
     group: int = GROUP,
+    layout: str = "gemm",
 ) -> tuple[Path, Path]:
     """Write `folder/awq`, a quantized checkpoint, and `folder/float`, its weights dequantized to float32.
 
@@ -55,6 +59,7 @@ def quantized_pair(
         entry: changes to `quantization_config`; a value of None takes a field away.
         scales_dtype: of the scales.
         group: channels that share a scale.
+        layout: a name in `awq.formats`.
     """
     plain, quantized = folder / "float", folder / "awq"
     model.save_pretrained(plain)
@@ -66,10 +71,10 @@ def quantized_pair(
         if not fits or keep.search(name) or not name.endswith(".weight"):
             packed[name] = tensor
             continue
-        weight = round_to_codes(tensor, group, scales_dtype)
+        weight = round_to_codes(tensor, group, scales_dtype, symmetric=layout == "marlin")
         tensors[name] = weight.dequantize()
         stem = name.removesuffix(".weight")
-        packed |= {f"{stem}.{suffix}": value for suffix, value in gemm.pack(weight).items()}
+        packed |= {f"{stem}.{suffix}": value for suffix, value in get_format(layout).pack(weight).items()}
     save_file(tensors, plain / "model.safetensors", {"format": "pt"})
     save_file(packed, quantized / "model.safetensors", {"format": "pt"})
     config = json.loads((quantized / "config.json").read_text())

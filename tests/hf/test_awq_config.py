@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from rounded import prompt, quantized_pair
+from rounded import prompt, quantized_pair, relative, same_files
 from transformers import AutoModelForCausalLM, AwqConfig
 
+from awq import load_quantized
 from awq.errors import ConfigError
 from awq.nn import QuantLinear
 
@@ -87,9 +88,30 @@ def change(checkpoint: Path, **fields: Any) -> None:
     (checkpoint / "config.json").write_text(json.dumps(config))
 
 
-def test_a_checkpoint_that_says_marlin_is_refused_in_a_sentence(checkpoint: Path) -> None:
-    change(checkpoint, version="marlin")
-    with pytest.raises(ConfigError, match="'marlin' layout, which OpenAWQ does not read"):
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("version", "layout"),
+    [("gemv", "gemv"), ("gemv_fast", "gemv_fast"), ("GEMVFast", "llm_awq"), ("marlin", "marlin")],
+)
+def test_a_checkpoint_in_another_of_autoawqs_layouts_is_loaded_and_saved_in_it(
+    version: str, layout: str, tiny: Any, tmp_path: Path
+) -> None:
+    """Two of these, transformers itself fails to parse."""
+    model = tiny("llama", num_key_value_heads=4)
+    entry = {"version": version, "zero_point": version != "marlin"}
+    quantized, plain = quantized_pair(model, tmp_path, entry=entry, layout=layout)
+    model = loaded_with(quantized, AwqConfig(backend="torch"))
+    reference = AutoModelForCausalLM.from_pretrained(plain)
+    assert relative(model(prompt()).logits, reference(prompt()).logits) < 1e-5
+    model.save_pretrained(tmp_path / "saved")
+    same_files(quantized, tmp_path / "saved")
+    again = loaded_with(tmp_path / "saved", AwqConfig(backend="torch"))
+    assert torch.equal(again(prompt()).logits, model(prompt()).logits)
+
+
+def test_a_checkpoint_of_an_unknown_version_is_refused_in_a_sentence(checkpoint: Path) -> None:
+    change(checkpoint, version="warp")
+    with pytest.raises(ConfigError, match="AWQ version 'warp' is unknown; known are: gemm"):
         AutoModelForCausalLM.from_pretrained(checkpoint)
 
 
@@ -102,21 +124,32 @@ def test_a_checkpoint_whose_version_names_a_kernel_is_read_as_gemm(version: str,
     assert model.config.quantization_config.to_dict()["version"] == "gemm"
 
 
-@pytest.mark.parametrize("fields", [{"bits": 3}, {"zero_point": False}, {"group_size": 7}])
+@pytest.mark.parametrize("fields", [{"bits": 3}, {"zero_point": False}])
 def test_a_checkpoint_of_another_kind_is_refused(fields: dict[str, Any], checkpoint: Path) -> None:
     change(checkpoint, **fields)
     with pytest.raises(ConfigError):
         AutoModelForCausalLM.from_pretrained(checkpoint)
 
 
+OLD_NAMES = {"w_bit": 4, "q_group_size": 32, "zero_point": True, "version": "GEMM"}
+
+
 def test_autoawqs_old_names_are_understood(checkpoint: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "awq", "w_bit": 4, "q_group_size": 32, "zero_point": True, "version": "GEMM"
-    }  # fmt: skip
+    config["quantization_config"] = {"quant_method": "awq", **OLD_NAMES}
     (checkpoint / "config.json").write_text(json.dumps(config))
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     assert model.config.quantization_config.to_dict()["group_size"] == 32
+
+
+def test_an_older_projects_own_file_is_read_by_our_loader(checkpoint: Path, tmp_path: Path) -> None:
+    """transformers does not look for `quant_config.json`; what is saved says everything in `config.json`."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["quantization_config"]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    (checkpoint / "quant_config.json").write_text(json.dumps(OLD_NAMES))
+    load_quantized(checkpoint).save_pretrained(tmp_path / "saved")
+    assert kernels(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")) == {"cpu-int4"}
 
 
 def test_what_is_saved_is_what_engines_read_and_nothing_of_gptqs(checkpoint: Path, tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_unregistering_gives_transformers_its_own_classes_back() -> None:
 def test_unregistering_before_transformers_is_imported_leaves_no_trace() -> None:
     program = (
         "import awq, awq.hf, sys\n"
-        "watching = lambda: [f for f in sys.meta_path if type(f).__module__.startswith('awq')]\n"
+        "watching = lambda: [f for f in sys.meta_path if type(f).__module__.startswith('awq.hf')]\n"
         "print(len(watching())); awq.hf.unregister(); print(len(watching()))"
     )
     assert run(program).split() == ["1", "0"]

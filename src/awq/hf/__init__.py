@@ -1,6 +1,5 @@
 """OpenAWQ inside transformers: a quantizer that loads AWQ checkpoints with no other package installed.
 
-
 transformers itself is imported when something here needs it, not before.
 """
 

@@ -14,8 +14,7 @@ from typing import Any
 from awq.errors import ConfigError
 
 # Versions that name a kernel of AutoAWQ's; their files are in the GEMM layout.
-_KERNEL_VERSIONS = ("exllama", "exllamav2", "ipex")
-_LAYOUT_OF_VERSION = dict.fromkeys(_KERNEL_VERSIONS, "gemm") | {"gemvfast": "gemv_fast"}
+_KERNEL_VERSIONS = ("exllama", "ipex")
 # gptqmodel's names for plain PyTorch, which is a kernel here too.
 _KERNEL_OF_BACKEND = {"torch_awq": "torch", "torch_fused_awq": "torch"}
 _AUTOMATIC = ("auto", "auto_trainable", "autoawq", "llm-awq")
@@ -75,8 +74,8 @@ def _init(
     _stock_init[-1](
         self, zero_point=zero_point, modules_to_not_convert=modules_to_not_convert, **sizes, **stock
     )
-    self.format = _LAYOUT_OF_VERSION.get(version, version) if of_checkpoint else "gemm"
-    self.backend = "auto" if of_checkpoint else _kernel(backend)
+    self.format = version if of_checkpoint and version not in _KERNEL_VERSIONS else "gemm"
+    self.backend = _kernel(backend, quiet=of_checkpoint)
     extra = {name: value for name, value in kwargs.items() if name not in known and name not in _NOT_KEPT}
     self.extra_fields = extra if of_checkpoint else {}
     if not of_checkpoint:
@@ -90,8 +89,8 @@ def _parameters() -> set[str]:
     return set(parent) | set(inspect.signature(init).parameters)
 
 
-def _kernel(backend: str) -> str:
-    """The kernel a user asks for, or `auto`."""
+def _kernel(backend: str, quiet: bool) -> str:
+    """The kernel that is asked for, or `auto`; what a checkpoint was made with is nobody's request."""
     from awq.kernels import kernel_names
 
     backend = _KERNEL_OF_BACKEND.get(backend, backend)
@@ -99,6 +98,8 @@ def _kernel(backend: str) -> str:
         return "auto"
     if backend in kernel_names():
         return backend
+    if quiet:
+        return "auto"
     if backend not in _FOREIGN_BACKENDS:
         raise ConfigError(
             f"backend={backend!r} is unknown; OpenAWQ's kernels are: {', '.join(kernel_names())}, "

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
-from awq.config import QuantConfig
 from awq.errors import ConfigError, LoadError
-from awq.formats import get_format
+from awq.formats.detect import detect
 from awq.hf.replace import Stored, replace_layers
 from awq.model.names import match_names
 from awq.model.weights import TensorInfo, read_header
@@ -45,20 +44,7 @@ class AwqQuantizer(HfQuantizer):
         Raises:
             ConfigError: the checkpoint is of a kind that cannot be read.
         """
-        config = self.quantization_config
-        QuantConfig(bits=config.bits, group_size=config.group_size, zero_point=config.zero_point)
-        try:
-            get_format(self._layout)
-        except ConfigError as error:
-            raise ConfigError(
-                f"the checkpoint is in the {self._layout!r} layout, which OpenAWQ does not read ({error}): "
-                "load the model's GEMM checkpoint, or quantize it anew"
-            ) from None
-
-    @property
-    def _layout(self) -> str:
-        layout = self.quantization_config.format
-        return str(getattr(layout, "value", layout))
+        detect(self.quantization_config.to_dict())
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Any of float32, float16 and bfloat16 is served."""
@@ -76,8 +62,8 @@ class AwqQuantizer(HfQuantizer):
                     f"{file} is a pickle, which can run code when opened; convert it to safetensors first"
                 )
             tensors.update(read_header(file)[0])
-        config = self.quantization_config
-        replace_layers(model, Stored(tensors, config.bits, config.group_size, self._layout))
+        found = detect(self.quantization_config.to_dict(), {key.rpartition(".")[2] for key in tensors})
+        replace_layers(model, Stored(tensors, found.bits, found.group_size, found.layout))
         self.has_experts = any(isinstance(module, QuantExperts) for module in model.modules())
         raise_on_missing(model, tensors)
         self._dtypes = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point()}

@@ -62,7 +62,7 @@ class Stored:
                     f"{shape}: the checkpoint and config.json disagree" + (f" ({reason})" if reason else "")
                 )
             if kind.is_floating_point:
-                scales_dtype = FLOAT_DTYPES[info.dtype]
+                scales_dtype = FLOAT_DTYPES.get(info.dtype, scales_dtype)
         return QuantLinear(
             in_features,
             out_features,
@@ -83,7 +83,8 @@ def replace_layers(model: nn.Module, stored: Stored) -> list[str]:
         LoadError: codes belong to something that is neither a linear layer nor an expert of this model, or do
             not fit it.
     """
-    stems = [key.removesuffix(".qweight") for key in stored.tensors if key.endswith(".qweight")]
+    mark = f".{get_format(stored.layout).names[0]}"
+    stems = [key.removesuffix(mark) for key in stored.tensors if key.endswith(mark)]
     named, merges = match_names(model, [f"{stem}.weight" for stem in stems])
     replaced = []
     for name, key in named.items():
