@@ -6,7 +6,8 @@
     from awq import AutoAWQForCausalLM
     model = AutoAWQForCausalLM.from_quantized("out")
 
-Heavy parts are imported when they are first used, so `import awq` alone is quick.
+Heavy parts are imported when they are first used, so `import awq` alone is quick. It also lets transformers
+load AWQ checkpoints through OpenAWQ, as soon as that is imported; `awq.hf.unregister()` undoes it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from awq.config import QuantConfig
 from awq.errors import AwqError
+from awq.hf.registration import register as _register
 from awq.legacy import install as _install_old_paths
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ __all__ = [
 ]
 
 _install_old_paths()
+_register()
 _LAZY = {
     "AutoAWQForCausalLM": "awq.auto",
     "convert": "awq.pipeline.convert",

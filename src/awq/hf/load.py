@@ -7,20 +7,22 @@ from typing import Any
 
 import torch
 
-from awq.config import QuantConfig
-from awq.errors import ConfigError, LoadError
+from awq.errors import AwqError, ConfigError, LoadError
+from awq.hf.registration import register
 from awq.kernels import kernel_names
 from awq.model.fetch import resolve
+from awq.model.quantized import quantization_entry
 from awq.model.weights import CheckpointReader, read_json
-from awq.nn import QuantLinear
 
 _SHOWN = 10
+# AutoAWQ's first checkpoints, and llm-awq's, speak of themselves in `quant_config.json`, by these names.
+_OLD_NAMES = ("w_bit", "q_group_size")
 
 
 def is_awq(folder: Path) -> bool:
     """Whether a model folder says that it holds AWQ codes."""
-    entry = read_json(folder / "config.json").get("quantization_config")
-    return isinstance(entry, dict) and entry.get("quant_method") == "awq"
+    entry = _entry(folder)
+    return entry.get("quant_method") == "awq" or any(name in entry for name in _OLD_NAMES)
 
 
 def load_quantized(
@@ -48,25 +50,21 @@ def load_quantized(
         MissingFileError, CorruptFileError: files are missing or damaged.
         LoadError: a tensor is missing, unexpected or of another shape. Nothing is ever initialised at random.
     """
-    from transformers import AutoModelForCausalLM
-
-    from awq.hf.quantizer import register
-
     folder = resolve(path)
     if not is_awq(folder):
         raise ConfigError(f"{folder} holds no AWQ checkpoint; quantize it first, or load it as a float model")
-    entry = read_json(folder / "config.json")["quantization_config"]
-    if str(entry.get("version", "gemm")).lower() != "gemm":
-        raise ConfigError(f"{folder} is in the {entry['version']!r} layout; only `gemm` can be loaded yet")
-    QuantConfig.from_dict({k: entry[k] for k in ("bits", "group_size", "zero_point") if k in entry})
     if kernel is not None and kernel not in kernel_names():
         raise ConfigError(f"kernel {kernel!r} is unknown; known are: {', '.join(kernel_names())}")
     reader = CheckpointReader(folder)  # raises on missing and damaged files
     register()
     optional = {"max_memory": max_memory} if max_memory is not None else {}
+    # Codes are buffers, which accelerate would keep in memory otherwise.
+    kwargs.setdefault("offload_buffers", True)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        auto_class, config = _class_and_config(folder, trust_remote_code, kernel)
+        model, info = auto_class.from_pretrained(
             folder,
+            config=config,
             dtype=dtype or "auto",
             device_map=device_map,
             trust_remote_code=trust_remote_code,
@@ -75,16 +73,28 @@ def load_quantized(
             **optional,
             **kwargs,
         )
-    except LoadError:
+    except AwqError:
         raise
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise LoadError(f"transformers cannot load {folder}: {error}") from error
     _raise_on_differences(folder, info, reader.unused)
-    if kernel is not None:
-        for module in model.modules():
-            if isinstance(module, QuantLinear):
-                module.prepare(model.dtype, kernel)
     return model.eval()
+
+
+def _entry(folder: Path) -> dict[str, Any]:
+    return dict(quantization_entry(folder, read_json(folder / "config.json")) or {})
+
+
+def _class_and_config(folder: Path, trust_remote_code: bool, kernel: str | None) -> tuple[Any, Any]:
+    """The class of transformers that makes a generating model of this folder, and its configuration."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    backend = {"backend": kernel} if kernel else {}
+    config.quantization_config = {"quant_method": "awq", **_entry(folder), **backend}
+    if type(config) in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText, config
+    return AutoModelForCausalLM, config
 
 
 def _raise_on_differences(folder: Path, info: dict[str, Any], unused: set[str]) -> None:

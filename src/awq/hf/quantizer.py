@@ -1,42 +1,50 @@
-"""The quantizer that transformers calls while it loads an AWQ checkpoint.
-
-Layers are chosen by what the checkpoint holds (`*.qweight`), not by a list of exceptions: a layer whose codes
-are in the file becomes a `QuantLinear`, any other stays as it is. Codes for something that is no linear layer
-(experts fused into one parameter) are refused: left alone, transformers would initialise it at random.
-
-transformers has no entry points for quantizers and refuses to register a taken name, so the class is put
-into its table directly, and can be taken out again.
-"""
+"""The quantizer that transformers calls while it loads an AWQ checkpoint."""
 
 from __future__ import annotations
 
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.quantizers import auto as _auto
 from transformers.quantizers.base import HfQuantizer
 
-from awq.errors import LoadError
-from awq.model.names import names_in_model
-from awq.model.weights import FLOAT_DTYPES, TensorInfo, read_header
-from awq.nn import QuantLinear
+from awq.errors import ConfigError, LoadError
+from awq.formats.detect import detect
+from awq.hf.replace import Stored, replace_layers
+from awq.model.names import match_names
+from awq.model.weights import TensorInfo, read_header
+from awq.nn import QuantExperts, QuantLinear
 
-_stock = _auto.AUTO_QUANTIZER_MAPPING["awq"]
+_SHOWN = 10
 
 
 class AwqQuantizer(HfQuantizer):
-    """Loads AutoAWQ's GEMM layout into `QuantLinear`."""
+    """Loads AWQ checkpoints into `QuantLinear` and `QuantExperts`, and turns them back into float layers."""
 
     requires_calibration = True
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        if not kwargs.get("pre_quantized", True):
+            raise ConfigError(
+                "AwqConfig loads quantized checkpoints, and this model is a float one: quantize it, with "
+                "awq.quantize(model, out) or the command `awq quantize`"
+            )
         super().__init__(quantization_config, **kwargs)
-        self.kernel: str | None = None
+        backend = str(getattr(quantization_config.backend, "value", quantization_config.backend))
+        self.kernel = None if backend == "auto" else backend
+        self.has_experts = False
+        self._dtypes: dict[str, torch.dtype] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing but PyTorch is needed."""
+        """Nothing but PyTorch is needed.
+
+        Raises:
+            ConfigError: the checkpoint is of a kind that cannot be read.
+        """
+        detect(self.quantization_config.to_dict())
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Any of float32, float16 and bfloat16 is served."""
@@ -45,16 +53,59 @@ class AwqQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        if not checkpoint_files:
+            raise LoadError("a quantized model is loaded from a folder or a hub name, not from a state dict")
         tensors: dict[str, TensorInfo] = {}
-        for file in checkpoint_files or []:
-            tensors.update(read_header(Path(file))[0])
-        replace_linears(model, tensors, self.quantization_config.bits)
+        for file in map(Path, checkpoint_files):
+            if file.suffix != ".safetensors":
+                raise LoadError(
+                    f"{file} is a pickle, which can run code when opened; convert it to safetensors first"
+                )
+            tensors.update(read_header(file)[0])
+        found = detect(self.quantization_config.to_dict(), {key.rpartition(".")[2] for key in tensors})
+        replace_layers(model, Stored(tensors, found.bits, found.group_size, found.layout))
+        self.has_experts = any(isinstance(module, QuantExperts) for module in model.modules())
+        raise_on_missing(model, tensors)
+        self._dtypes = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point()}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        self._cast(model)
         dtype: Any = model.dtype
+        held = False
         for module in model.modules():
-            if isinstance(module, QuantLinear) and not module.qweight.is_meta:
+            if not isinstance(module, QuantLinear):
+                continue
+            if not module.is_away and not module.is_offloaded:
                 module.prepare(dtype, self.kernel)
+                held = held or getattr(getattr(module, "_hf_hook", None), "offload", False)
+        if held:
+            warnings.warn(
+                "offloaded layers keep their codes in memory, because accelerate leaves buffers where they "
+                "are: pass offload_buffers=True to from_pretrained",
+                stacklevel=2,
+            )
+        return model
+
+    def _cast(self, model: Any) -> None:
+        """Undo a peculiarity of transformers before 5.20: renamed tensors keep the checkpoint's dtype."""
+        kept = model._get_dtype_plan(model.dtype)
+        for name, parameter in model.named_parameters():
+            planned = self._dtypes.get(name, parameter.dtype)
+            stays = any(re.search(pattern.replace("*", ".*"), name) for pattern in kept)
+            if parameter.dtype != planned and not parameter.is_meta and not stays:
+                parameter.data = parameter.data.to(planned)
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        # A configuration that has been saved spells its dtype.
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
+        for path, module in list(model.named_modules()):
+            if isinstance(module, QuantExperts):
+                _swap(model, path, module.dequantize(dtype))
+        for path, module in list(model.named_modules()):
+            if isinstance(module, QuantLinear):
+                _swap(model, path, _float_linear(path, module, dtype))
+        if self.has_experts:
+            _save_experts_apart(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -63,70 +114,73 @@ class AwqQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Codes cannot be trained."""
-        return False
+        """Adapters on top of the codes can be trained; the codes themselves have no gradient."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Kernels are operators that `torch.compile` takes whole; which experts run depends on the data."""
+        return not self.has_experts
 
 
-def replace_linears(model: nn.Module, tensors: dict[str, TensorInfo], bits: int) -> list[str]:
-    """Put a `QuantLinear` on the meta device wherever the checkpoint holds codes; returns their names.
+def raise_on_missing(model: Any, tensors: dict[str, TensorInfo]) -> None:
+    """Refuse a checkpoint that lacks parts of the base model or of the output layer.
+
+    transformers would initialise them at random and print a table. Other heads are left to it: a fresh
+    classifier on a quantized model is legitimate.
 
     Raises:
-        LoadError: codes belong to something that is no linear layer of this model, or do not fit it.
+        LoadError: naming the first tensors that are missing.
     """
-    stems = [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]
-    named, converted = names_in_model(model, [f"{stem}.weight" for stem in stems])
-    if converted:
-        raise LoadError(
-            f"the codes of {converted[0].removesuffix('.weight')} belong to experts that this version of "
-            "transformers holds fused in one parameter; such a model cannot be loaded yet"
-        )
-    replaced = []
-    for name, key in named.items():
-        path, stem = name.removesuffix(".weight"), key.removesuffix(".weight")
-        try:
-            linear = model.get_submodule(path)
-        except AttributeError:
-            raise LoadError(
-                f"the checkpoint holds codes for {stem}, which this model does not have"
-            ) from None
-        if not isinstance(linear, nn.Linear):
-            raise LoadError(f"the checkpoint holds codes for {stem}, which is a {type(linear).__name__} here")
-        parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, _quant_linear(linear, stem, tensors, bits))
-        replaced.append(path)
-    return replaced
-
-
-def _quant_linear(linear: nn.Linear, stem: str, tensors: dict[str, TensorInfo], bits: int) -> QuantLinear:
-    """The empty layer that the checkpoint's tensors of `stem` fill."""
-    try:
-        codes, scales = tensors[f"{stem}.qweight"], tensors[f"{stem}.scales"]
-    except KeyError as error:
-        raise LoadError(f"the checkpoint holds codes for {stem} but no {error}") from None
-    groups = scales.shape[0]
-    expected = (linear.in_features, linear.out_features * bits // 32)
-    if codes.shape != expected or not groups or linear.in_features % groups:
-        raise LoadError(
-            f"{stem}.qweight is {codes.shape} in {groups} groups where the model wants {expected}: "
-            "the checkpoint and config.json disagree"
-        )
-    return QuantLinear(
-        linear.in_features,
-        linear.out_features,
-        linear.in_features // groups,
-        bits,
-        linear.bias is not None,
-        dtype=linear.weight.dtype,
-        scales_dtype=FLOAT_DTYPES[scales.dtype],
-        device="meta",
+    named, merges = match_names(model, tensors)
+    present = set(named) | {target for merge in merges for target in merge.targets}
+    for target, source in getattr(model, "all_tied_weights_keys", {}).items():
+        if present & {target, source}:
+            present |= {target, source}
+    prefix, head = f"{model.base_model_prefix}.", model.get_output_embeddings()
+    wanted = {name for name, _ in model.named_parameters()} | {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, QuantLinear)
+        for name, _ in module.named_buffers()
+    }
+    if hasattr(model, model.base_model_prefix):
+        heads = {path for path, module in model.named_modules() if module is head and head is not None}
+        wanted = {n for n in wanted if n.startswith(prefix) or n.rpartition(".")[0] in heads}
+    ignored = model._keys_to_ignore_on_load_missing or ()
+    missing = sorted(
+        name for name in wanted - present if not any(re.search(pattern, name) for pattern in ignored)
     )
+    if missing:
+        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        raise LoadError(
+            f"the checkpoint does not fit {type(model).__name__}: {len(missing)} missing: "
+            f"{', '.join(missing[:_SHOWN])}{more}"
+        )
 
 
-def register() -> None:
-    """Let transformers load AWQ checkpoints through OpenAWQ from now on."""
-    _auto.AUTO_QUANTIZER_MAPPING["awq"] = AwqQuantizer
+def _swap(model: nn.Module, path: str, module: nn.Module) -> None:
+    old = model.get_submodule(path)
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module.train(old.training))
 
 
-def unregister() -> None:
-    """Give transformers its own class back."""
-    _auto.AUTO_QUANTIZER_MAPPING["awq"] = _stock
+def _float_linear(path: str, layer: QuantLinear, dtype: torch.dtype) -> nn.Linear:
+    if layer.is_away:
+        raise ConfigError(f"{path} is offloaded; load the model without offloading to dequantize it")
+    with torch.device("meta"):
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    linear.weight = nn.Parameter(layer.dequantize(dtype), requires_grad=False)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+    return linear
+
+
+def _save_experts_apart(model: Any) -> None:
+    """Have `save_pretrained` split fused experts: rules that loading did not use are forgotten by then."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightConverter)]
+    used = [rule for rule in model._weight_conversions if not isinstance(rule, WeightConverter)]
+    model._weight_conversions = used + rules

@@ -43,15 +43,16 @@ class State(NamedTuple):
 
     packed: Tensor
     scale_and_offset: Tensor
-    group_size: int
     scales: Tensor
     zeros: Tensor
+    group_size: int
 
 
 class CpuInt4:
     """The operator, with a dense path for many rows."""
 
     name = "cpu-int4"
+    state_type = State
 
     def refuses(self, spec: LayerSpec) -> str | None:
         """Why a layer cannot be served."""
@@ -74,9 +75,9 @@ class CpuInt4:
         return State(
             _pack(weight.codes.to(torch.int32), 1),
             pairs.transpose(0, 1).contiguous(),
-            weight.group_size,
             weight.scales,
             weight.zeros,
+            weight.group_size,
         )
 
     def forward(self, inputs: Tensor, state: State) -> Tensor:

@@ -14,16 +14,19 @@ from awq.kernels.spec import LayerSpec
 from awq.kernels.torch_dequant import TorchDequant
 from awq.weight import QuantizedWeight
 
-__all__ = ["Choice", "Kernel", "LayerSpec", "choose", "kernel_names"]
+__all__ = ["Choice", "Kernel", "LayerSpec", "choose", "kernel_named", "kernel_names"]
 
 
 class Kernel(Protocol):
     """A way to multiply.
 
-    A kernel owns its arrangement of the codes; scales and zero points are few and kept beside it.
+    A kernel owns its arrangement of the codes; scales and zero points are few and kept beside it. Its state,
+    a `state_type`, is a named tuple of tensors, `scales` and `zeros` among them, then whole numbers, so that
+    any kernel can be handed through an operator of PyTorch.
     """
 
     name: str
+    state_type: Any
 
     def refuses(self, spec: LayerSpec) -> str | None:
         """Why the kernel cannot serve a layer, or None when it can."""
@@ -55,6 +58,18 @@ def kernel_names() -> tuple[str, ...]:
     return tuple(kernel.name for kernel in _KERNELS)
 
 
+def kernel_named(name: str) -> Kernel:
+    """The kernel of a name.
+
+    Raises:
+        KernelError: there is none.
+    """
+    for kernel in _KERNELS:
+        if kernel.name == name:
+            return kernel
+    raise KernelError(f"kernel {name!r} is unknown; known are: {', '.join(kernel_names())}")
+
+
 def choose(spec: LayerSpec, prefer: str | None = None) -> Choice:
     """The kernel for a layer.
 
@@ -66,13 +81,11 @@ def choose(spec: LayerSpec, prefer: str | None = None) -> Choice:
         KernelError: the preferred one does not exist or cannot serve the layer.
     """
     if prefer is not None:
-        for kernel in _KERNELS:
-            if kernel.name == prefer:
-                reason = kernel.refuses(spec)
-                if reason:
-                    raise KernelError(f"kernel {prefer!r} cannot serve this layer: {reason}")
-                return Choice(kernel, f"{prefer}: asked for")
-        raise KernelError(f"kernel {prefer!r} is unknown; known are: {', '.join(kernel_names())}")
+        kernel = kernel_named(prefer)
+        reason = kernel.refuses(spec)
+        if reason:
+            raise KernelError(f"kernel {prefer!r} cannot serve this layer: {reason}")
+        return Choice(kernel, f"{prefer}: asked for")
     refusals: list[str] = []
     for kernel in _KERNELS:
         reason = kernel.refuses(spec)

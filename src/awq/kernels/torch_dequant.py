@@ -25,6 +25,7 @@ class TorchDequant:
     """Dequantize and multiply, in plain PyTorch."""
 
     name = "torch"
+    state_type = State
 
     def refuses(self, spec: LayerSpec) -> str | None:
         """Serves everything up to 4 bits."""

@@ -1,8 +1,11 @@
 """A linear layer on a quantized weight.
 
-It is born with the checkpoint's tensors as buffers (GEMM layout), so that any loader can fill it. At the
-first product, or at `prepare`, the codes are arranged for the kernel that fits, and the checkpoint's copy is
-given up: a weight is held once. Saving recovers the checkpoint's tensors from that arrangement, exactly.
+It is born with the checkpoint's tensors as buffers, so that any loader can fill it. At the first product, or
+at `prepare`, the codes are arranged for the kernel that fits, and the checkpoint's copy is given up: a weight
+is held once. Saving recovers the checkpoint's tensors from that arrangement, exactly.
+
+It is a `torch.nn.Linear`, so that what looks for linear layers (PEFT's adapters, among others) finds it. Its
+`weight` is computed when asked for, and cannot be written to.
 """
 
 from __future__ import annotations
@@ -11,16 +14,34 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awq.formats import gemm
-from awq.kernels import Choice, LayerSpec, choose
+from awq.errors import ConfigError
+from awq.formats import get_format
+from awq.kernels import Choice, LayerSpec, choose, multiply
 from awq.weight import QuantizedWeight
 
-_PACKED = ("qweight", "qzeros", "scales")
+
+class DequantizedWeight(Tensor):
+    """What `QuantLinear.weight` gives: a copy. Writing to it would change nothing, and is refused."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def data(self) -> Tensor:
+        """The values, as a plain tensor."""
+        return self.as_subclass(Tensor).detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise ConfigError(
+            "the weight of a quantized layer cannot be changed (by merging an adapter, for instance): call "
+            "model.dequantize() on the quantized model, load the adapter onto the result and merge there"
+        )
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(nn.Linear):
     """Computes x Wᵀ + b for a weight of 4-bit codes.
 
     Args:
@@ -28,12 +49,13 @@ class QuantLinear(nn.Module):
         group_size: input channels that share a scale.
         bits: width of a code.
         bias: whether there is one.
-        dtype: of the bias.
+        dtype: of the activations expected, and of the bias.
         scales_dtype: of the scales, as stored; casting them to the activations' dtype would lose precision.
         device: where the buffers are made; `meta` to have them filled by a loader.
+        layout: of the buffers, a name in `awq.formats`.
     """
 
-    bias: Tensor | None
+    bias: Tensor | None  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -45,17 +67,23 @@ class QuantLinear(nn.Module):
         dtype: torch.dtype = torch.float16,
         scales_dtype: torch.dtype = torch.float16,
         device: torch.device | str | None = None,
+        layout: str = "gemm",
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # nn.Linear's own would make a float weight
         self.in_features, self.out_features = in_features, out_features
         self.group_size, self.bits = group_size, bits
-        shapes = gemm.packed_shapes(out_features, in_features, group_size, scales_dtype)
+        self.compute_dtype = dtype
+        self.layout = layout
+        shapes = get_format(layout).packed_shapes(out_features, in_features, group_size, scales_dtype)
+        self._packed = tuple(shapes)
         for name, (kind, shape) in shapes.items():
             self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
         self._prefer: str | None = None
         self._choice: Choice | None = None
         self._state: Any = None
+        # transformers initialises whatever does not say that it needs none.
+        self._is_hf_initialized = True
 
     @classmethod
     def from_weight(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> QuantLinear:
@@ -66,14 +94,36 @@ class QuantLinear(nn.Module):
             weight.group_size,
             weight.bits,
             bias is not None,
+            dtype=weight.scales.dtype if bias is None else bias.dtype,
             scales_dtype=weight.scales.dtype,
             device="meta",
         )
-        for name, tensor in gemm.pack(weight).items():
+        for name, tensor in get_format(layer.layout).pack(weight).items():
             setattr(layer, name, tensor)
         layer.bias = bias
         return layer
 
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight as floats `[out_features, in_features]` in the activations' dtype, computed anew."""
+        shape = (self.out_features, self.in_features)
+        if self.is_away:
+            return torch.empty(shape, dtype=self.compute_dtype, device="meta")
+        return self.dequantize(self.compute_dtype).as_subclass(DequantizedWeight)
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the codes are elsewhere for now: not loaded yet, or offloaded between products."""
+        return self._choice is None and getattr(self, self._packed[0]).is_meta
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether accelerate brings the codes before each product and takes them away after it."""
+        hook: Any = getattr(self, "_hf_hook", None)
+        hooks = getattr(hook, "hooks", (hook,))
+        return any(getattr(each, "offload", False) and each.offload_buffers for each in hooks)
+
+    @torch.no_grad()
     def prepare(self, dtype: torch.dtype | None = None, prefer: str | None = None) -> Choice:
         """Arrange the codes for the kernel that fits; returns it with the reason.
 
@@ -85,22 +135,31 @@ class QuantLinear(nn.Module):
             KernelError: the preferred kernel cannot serve this layer.
         """
         self._prefer = prefer or self._prefer
-        weight = self.weight_canonical()
-        dtype = dtype or weight.scales.dtype
-        spec = LayerSpec(
-            weight.codes.device.type, dtype, self.in_features, self.out_features, self.group_size, self.bits
-        )
-        choice = choose(spec, self._prefer)
-        self._state = choice.kernel.prepare(weight, dtype)
-        self._choice = choice
-        for name in _PACKED:
-            setattr(self, name, None)
+        # Tensors born in inference mode could never be used in training.
+        with torch.inference_mode(False):
+            weight = self.weight_canonical()
+            dtype = dtype or weight.scales.dtype
+            spec = LayerSpec(
+                weight.codes.device.type,
+                dtype,
+                self.in_features,
+                self.out_features,
+                self.group_size,
+                self.bits,
+            )
+            choice = choose(spec, self._prefer)
+            self._state = choice.kernel.prepare(weight, dtype)
+        self._choice, self.compute_dtype = choice, dtype
+        for name in self._packed:
+            # Not None: PEFT would ask a `qweight` that exists for its device.
+            self._buffers.pop(name, None)
         return choice
 
     def weight_canonical(self) -> QuantizedWeight:
         """The weight as codes, scales and zero points: exactly what was loaded."""
         if self._choice is None:
-            return gemm.unpack({name: getattr(self, name) for name in _PACKED}, self.bits)
+            tensors = {name: getattr(self, name) for name in self._packed}
+            return get_format(self.layout).unpack(tensors, self.bits, self.group_size)
         codes = self._choice.kernel.codes(self._state)
         return QuantizedWeight(codes, self._state.scales, self._state.zeros, self.bits)
 
@@ -110,33 +169,41 @@ class QuantLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs `[..., in_features]` to `[..., out_features]`, in the inputs' dtype."""
+        if self.is_offloaded:
+            # An arrangement that stayed would be the memory that offloading is to save.
+            return F.linear(inputs, self.dequantize(inputs.dtype), self._bias_as(inputs.dtype))
         if self._choice is None:
             self.prepare(inputs.dtype)
         rows = inputs.reshape(-1, self.in_features)
-        out = self._choice.kernel.forward(rows, self._state)  # type: ignore[union-attr]
-        if self.bias is not None:
-            out = out + self.bias.to(out.dtype)
+        out = multiply(rows, self._choice.kernel, self._state, self.out_features)  # type: ignore[union-attr]
+        bias = self._bias_as(out.dtype)
+        if bias is not None:
+            out = out + bias
         return out.view(*inputs.shape[:-1], self.out_features)
+
+    def _bias_as(self, dtype: torch.dtype) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(dtype)
 
     def _release(self) -> None:
         """Go back to the checkpoint's tensors, which can be moved and saved."""
         if self._choice is None:
             return
-        packed = gemm.pack(self.weight_canonical())
+        packed = get_format(self.layout).pack(self.weight_canonical())
         self._choice = self._state = None
         for name, tensor in packed.items():
-            setattr(self, name, tensor)
+            self.register_buffer(name, tensor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         # A kernel's arrangement belongs to its device and dtype: moved layers arrange anew when next used.
         self._release()
-        before = {name: getattr(self, name) for name in _PACKED}
+        before = {name: getattr(self, name) for name in self._packed}
         super()._apply(fn, recurse)
         for name, tensor in before.items():
             moved = getattr(self, name)
             if moved.dtype != tensor.dtype:
                 # Casts are meant for activations. Rounded scales would change every weight.
                 setattr(self, name, tensor.to(moved.device))
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -144,13 +211,13 @@ class QuantLinear(nn.Module):
         state = self.__dict__.copy()
         if self._choice is not None:
             state |= {"_choice": None, "_state": None}
-            state["_buffers"] = self._buffers | gemm.pack(self.weight_canonical())
+            state["_buffers"] = self._buffers | get_format(self.layout).pack(self.weight_canonical())
         return state
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._choice is not None:
-            for name, tensor in gemm.pack(self.weight_canonical()).items():
+            for name, tensor in get_format(self.layout).pack(self.weight_canonical()).items():
                 destination[prefix + name] = tensor
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
