@@ -25,23 +25,25 @@ from awq.weight import QuantizedWeight
 
 SCRIPTS = Path(__file__).parent / "scripts"
 # No engine may look for anything on a network.
-_QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "2"}
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1"}
 
 
 @pytest.fixture(scope="session")
 def engine() -> Callable[..., Any]:
     """`engine(name, script, *arguments)`: what the script wrote, as JSON values.
 
-    The script gets the path of the file to write as its first argument. The test is skipped when the
-    environment is not there.
+    The script gets the path of the file to write as its first argument. `ours` lets it import our package.
+    The test is skipped when the environment is not there.
     """
 
-    def run(name: str, script: str, *arguments: Any) -> Any:
+    def run(name: str, script: str, *arguments: Any, ours: bool = False) -> Any:
         variable = f"AWQ_ENGINE_{name.upper()}"
         python = os.environ.get(variable)
         if not python:
             pytest.skip(f"{variable} is unset: `scripts/engines {name}` makes that environment and prints it")
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | _QUIET
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | _OFFLINE
+        if ours:
+            environment["PYTHONPATH"] = str(Path(awq.__file__).parents[1])
         command = [python, str(SCRIPTS / script), *map(str, arguments)]
         result = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=600, check=False
