@@ -1,0 +1,137 @@
+"""vLLM on the CPU loads our checkpoints and generates the tokens that our own runtime does.
+
+Two programs that add in different orders in bfloat16 choose differently where the two best tokens are as good
+as equal. `TIE` says what that means here: a difference of logits, by our runtime. Up to the first such place
+the tokens must be equal. Behind it both go on from different texts, so vLLM's own continuation is judged: our
+runtime reads it, and at each place vLLM's choice must be ours or tied with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from awq import load_quantized
+
+pytestmark = [pytest.mark.engines, pytest.mark.slow, pytest.mark.timeout(900)]
+
+TOKENS = 64
+TIE = 0.125
+PROMPTS = [
+    "The captain looked at the sea and said that",
+    "It was the best of times, it was the worst of times,",
+    "In the morning the old man went down to the village, where",
+    '"I do not believe you," she answered.',
+    "Chapter I.",
+]
+
+
+class Agreement(NamedTuple):
+    """How many tokens were equal, and the largest difference of the log-probabilities of vLLM's tokens."""
+
+    equal: int
+    difference: float
+
+
+def vllm(
+    engine: Callable[..., Any],
+    script: str,
+    folder: Path,
+    work: Path,
+    prompts: list[list[int]],
+    **options: Any,
+) -> Any:
+    """What `scripts/vllm_generate.py`, or `script`, found."""
+    request = work / "request.json"
+    request.write_text(json.dumps({"prompts": prompts, "tokens": TOKENS, "options": options}))
+    return engine("vllm", script, work / "vllm.json", folder, request)
+
+
+@torch.no_grad()
+def read(model: Any, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+    """Our logits, float32 `[tokens, vocabulary]`, for each of `tokens` behind the prompt."""
+    logits = model(torch.tensor([prompt + tokens])).logits[0].float()
+    return logits[len(prompt) - 1 : -1]
+
+
+@torch.no_grad()
+def greedy(model: Any, prompt: list[int]) -> list[int]:
+    out = model.generate(
+        torch.tensor([prompt]), do_sample=False, max_new_tokens=TOKENS, min_new_tokens=TOKENS, pad_token_id=0
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+def agreement(model: Any, prompt: list[int], theirs: list[int], logprobs: list[float]) -> Agreement:
+    """Assert what the module's docstring says."""
+    ours = greedy(model, prompt)
+    equal = next((i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), TOKENS)
+    logits = read(model, prompt, theirs)
+    behind = logits.max(-1).values - logits.gather(-1, torch.tensor(theirs)[:, None])[:, 0]
+    assert float(behind.max()) <= TIE, f"token {int(behind.argmax())} is {float(behind.max())} behind ours"
+    if equal < TOKENS:
+        best = logits[equal].topk(2).values
+        assert float(best[0] - best[1]) <= TIE, f"token {equal} differs and is no near-tie: {best}"
+    own = logits.log_softmax(-1).gather(-1, torch.tensor(theirs)[:, None])[:, 0]
+    return Agreement(equal, float((own - torch.tensor(logprobs)).abs().max()))
+
+
+@pytest.mark.parametrize("options", [{"quantization": "awq"}, {}], ids=["named", "found"])
+def test_vllm_generates_our_runtime_s_tokens(
+    options: dict[str, Any], engine: Callable[..., Any], books_awq: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(books_awq)
+    prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
+    found = vllm(engine, "vllm_generate.py", books_awq, tmp_path, prompts, **options)
+    assert found["quantization"] == "awq"
+    assert found["kernels"] == ["CPUWNA16LinearKernel"]
+    model = load_quantized(books_awq)
+    assert model.dtype == torch.bfloat16
+    results = [
+        agreement(model, prompt, tokens, logprobs)
+        for prompt, tokens, logprobs in zip(prompts, found["tokens"], found["logprobs"], strict=True)
+    ]
+    assert max(result.equal for result in results) == TOKENS
+    assert max(result.difference for result in results) < TIE
+
+
+# Every token goes to all four experts, with the router's weights: were two of them chosen, rounding would
+# now and then choose others, and nothing could be compared.
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 4, "num_key_value_heads": 2},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 4,
+        "num_key_value_heads": 2,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [1],
+    },
+}
+
+
+@pytest.mark.parametrize("model_type", EXPERTS)
+def test_vllm_puts_every_expert_s_codes_where_they_belong(
+    model_type: str, engine: Callable[..., Any], tiny: Any, rounded_pair: Any, tmp_path: Path
+) -> None:
+    """The experts' arithmetic is the script's own; see there."""
+    from transformers import AutoModelForCausalLM
+
+    sizes = {"hidden_size": 128, "num_attention_heads": 4, "vocab_size": 128, "intermediate_size": 128}
+    model = tiny(model_type, **sizes, **EXPERTS[model_type]).to(torch.bfloat16)
+    folder, twin = rounded_pair(
+        model, tmp_path, lambda stem: stem.endswith(("gate", "embed_tokens", "lm_head"))
+    )
+    prompts = [[5, 9, 77, 30], [100, 4], [64, 65, 66, 67, 68, 69]]
+    found = vllm(engine, "vllm_experts.py", folder, tmp_path, prompts, skip_tokenizer_init=True)
+    reference = AutoModelForCausalLM.from_pretrained(twin, dtype=torch.bfloat16).eval()
+    for prompt, tokens, logprobs in zip(prompts, found["tokens"], found["logprobs"], strict=True):
+        assert agreement(reference, prompt, tokens, logprobs).difference < TIE
