@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ def load_quantized(
 ) -> Any:
     """Load an AWQ checkpoint as a transformers model in eval mode.
 
+    Codes of GPTQ, compressed-tensors and MLX are loaded too where they map exactly (4 bits, whole zero
+    points, no act-order); `awq convert` does the same once and for all.
+
     Args:
         path: a folder, or a hub name.
         dtype: of activations and float weights; the checkpoint's own by default.
@@ -46,13 +50,14 @@ def load_quantized(
         **kwargs: further arguments of `from_pretrained`.
 
     Raises:
-        ConfigError: the folder holds no AWQ checkpoint, or one in another layout.
+        ConfigError: the folder holds no quantized checkpoint, or one that has no exact form here.
         MissingFileError, CorruptFileError: files are missing or damaged.
         LoadError: a tensor is missing, unexpected or of another shape. Nothing is ever initialised at random.
     """
     folder = resolve(path)
     if not is_awq(folder):
-        raise ConfigError(f"{folder} holds no AWQ checkpoint; quantize it first, or load it as a float model")
+        options = {"dtype": dtype, "device_map": device_map, "max_memory": max_memory, "kernel": kernel}
+        return _load_foreign(folder, trust_remote_code=trust_remote_code, **options, **kwargs)
     if kernel is not None and kernel not in kernel_names():
         raise ConfigError(f"kernel {kernel!r} is unknown; known are: {', '.join(kernel_names())}")
     reader = CheckpointReader(folder)  # raises on missing and damaged files
@@ -79,6 +84,27 @@ def load_quantized(
         raise LoadError(f"transformers cannot load {folder}: {error}") from error
     _raise_on_differences(folder, info, reader.unused)
     return model.eval()
+
+
+def _load_foreign(folder: Path, **options: Any) -> Any:
+    """Load GPTQ, compressed-tensors or MLX codes, by way of a temporary folder in the GEMM layout.
+
+    transformers has quantizers of its own for these, which want other packages; the codes are the same.
+    """
+    from awq.pipeline.convert import convert
+
+    if not _entry(folder):
+        raise ConfigError(f"{folder} holds no AWQ checkpoint; quantize it first, or load it as a float model")
+    device_map = options.get("device_map")
+    if isinstance(device_map, dict) and "disk" in device_map.values():
+        raise ConfigError(
+            f"{folder} is in a layout that is converted while it is loaded, and cannot stay on disk: convert "
+            "it first (awq convert FOLDER OUT --to gemm), and load the result"
+        )
+    with tempfile.TemporaryDirectory(prefix="awq-load-", ignore_cleanup_errors=True) as temporary:
+        converted = Path(temporary) / "gemm"
+        convert(folder, converted, "gemm")
+        return load_quantized(converted, **options)
 
 
 def _entry(folder: Path) -> dict[str, Any]:
