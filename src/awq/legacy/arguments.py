@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from awq.config import QuantConfig
 from awq.errors import ConfigError
@@ -82,14 +82,23 @@ def take_version(settings: dict[str, Any]) -> str:
     return layout
 
 
+class AwqQuantizer:
+    """AutoAWQ's search, as a class to derive from. It can be named, and not used."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ConfigError(
+            f"{type(self).__name__}: there is no quantizer object to make or to derive from; "
+            "awq.quantize(model, out, config, calib) does the work, calib_data takes texts, token ids and "
+            "chats, and the steps of the search are functions in awq.search"
+        )
+
+
 def check_quantizer(quantizer_cls: Any) -> None:
     """Accept AutoAWQ's own class; a derived one would do something else than what is done.
 
     Raises:
         ConfigError: for any other.
     """
-    from awq.legacy.objects import AwqQuantizer
-
     if quantizer_cls not in (None, AwqQuantizer):
         raise ConfigError(
             f"quantizer_cls={getattr(quantizer_cls, '__name__', quantizer_cls)!r}: the search cannot be "

@@ -15,6 +15,7 @@ from awq.calibration import load_calibration
 from awq.errors import CalibrationError, ConfigError, MissingDependencyError
 from awq.evaluate import perplexity
 from awq.formats import gemm
+from awq.legacy.arguments import AwqQuantizer as AwqQuantizer
 from awq.model.fetch import resolve
 from awq.model.weights import read_json
 from awq.nn import QuantLinear
@@ -117,17 +118,6 @@ def dequantize_gemm(
     """The weight behind a GEMM layer's tensors, `[in_features, out_features]` in the scales' dtype."""
     weight = gemm.unpack({"qweight": qweight, "qzeros": qzeros, "scales": scales}, bits)
     return weight.dequantize(scales.dtype).t().contiguous()
-
-
-class AwqQuantizer:
-    """AutoAWQ's search, as a class to derive from. It can be named, and not used."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise ConfigError(
-            f"{type(self).__name__}: there is no quantizer object to make or to derive from; "
-            "awq.quantize(model, out, config, calib) does the work, calib_data takes texts, token ids and "
-            "chats, and the steps of the search are functions in awq.search"
-        )
 
 
 class _AnyQuantLinear(type):
