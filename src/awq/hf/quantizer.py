@@ -87,7 +87,7 @@ class AwqQuantizer(HfQuantizer):
         return model
 
     def _cast(self, model: Any) -> None:
-        """Undo a peculiarity of transformers before 5.20: renamed tensors keep the checkpoint's dtype."""
+        """Undo a peculiarity of older transformers: renamed tensors keep the checkpoint's dtype."""
         kept = model._get_dtype_plan(model.dtype)
         for name, parameter in model.named_parameters():
             planned = self._dtypes.get(name, parameter.dtype)
