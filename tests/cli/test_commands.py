@@ -204,6 +204,10 @@ def test_inspect_tells_what_a_checkpoint_holds(awq: Any, quantized: Path) -> Non
     assert facts["bytes"] == sum(tensor.nbytes for tensor in tensors)
     assert "bits per quantized weight" in done.err
     assert "4.625" in done.err
+    assert facts["engines"]["LMDeploy TurboMind"] == "no: it takes groups of 128"
+    assert facts["engines"]["mlx-lm"] == "fits"
+    assert facts["tensor_parallel"] == [2]  # o_proj has two groups
+    assert "mlx-lm" in done.err
 
 
 def test_inspect_tells_what_would_become_of_a_float_model(awq: Any, original: Path) -> None:

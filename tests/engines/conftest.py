@@ -37,7 +37,7 @@ def engine() -> Callable[..., Any]:
     """
 
     def run(name: str, script: str, *arguments: Any, ours: bool = False) -> Any:
-        variable = f"AWQ_ENGINE_{name.upper()}"
+        variable = f"AWQ_ENGINE_{name.upper().replace('-', '_')}"
         python = os.environ.get(variable)
         if not python:
             pytest.skip(f"{variable} is unset: `scripts/engines {name}` makes that environment and prints it")

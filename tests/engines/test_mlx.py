@@ -12,20 +12,9 @@ import torch
 
 import awq
 from awq import QuantConfig
-from awq.formats import gemm
-from awq.model import CheckpointReader
+from awq.model.quantized import QuantizedCheckpoint
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
-
-
-def stored_values(folder: Path) -> dict[str, torch.Tensor]:
-    """The float32 weights that a checkpoint's codes stand for, by layer."""
-    tensors = dict(CheckpointReader(folder).read(list(CheckpointReader(folder).tensors)))
-    stems = [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]
-    parts = ("qweight", "qzeros", "scales")
-    return {
-        stem: gemm.unpack({part: tensors[f"{stem}.{part}"] for part in parts}).dequantize() for stem in stems
-    }
 
 
 @pytest.fixture(params=[128, 32], ids=["groups of 128", "groups of 32"])
@@ -49,7 +38,8 @@ def test_mlx_reads_our_codes_and_computes_our_logits(
     files = [tmp_path / name for name in ("ids.npy", "logits.npy", "weights.npz")]
     groups = engine("mlx", "mlx_logits.py", tmp_path / "mlx.json", folder, *files)
 
-    values = stored_values(folder)
+    checkpoint = QuantizedCheckpoint(folder)
+    values = {name: checkpoint.values(name) for name in checkpoint.layers}
     assert groups.keys() == values.keys()
     theirs = np.load(files[2])
     for name, value in values.items():
@@ -59,8 +49,7 @@ def test_mlx_reads_our_codes_and_computes_our_logits(
 
     model = AutoModelForCausalLM.from_pretrained(books6m, dtype=torch.float32).eval()
     state = model.state_dict()
-    tensors = CheckpointReader(folder).tensors
-    stored = CheckpointReader(folder).read([key for key in tensors if key in state])
+    stored = checkpoint.reader.read([key for key in checkpoint.reader.tensors if key in state])
     state |= {key: tensor.float() for key, tensor in stored}
     state |= {f"{name}.weight": value for name, value in values.items()}
     state["lm_head.weight"] = state["model.embed_tokens.weight"]

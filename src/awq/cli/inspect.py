@@ -42,6 +42,7 @@ def command(
 
 def checkpoint_facts(folder: Path) -> dict[str, Any]:
     """What a quantized checkpoint holds, in any layout, read from headers and its configuration alone."""
+    from awq.formats.engines import engine_notes, tensor_parallel
     from awq.model.quantized import QuantizedCheckpoint
     from awq.model.weights import FLOAT_DTYPES
 
@@ -52,6 +53,7 @@ def checkpoint_facts(folder: Path) -> dict[str, Any]:
     quantized = {key for layer in checkpoint.layers.values() for key in layer.keys.values()}
     quantized_bytes = sum(tensors[key].bytes for key in quantized)
     floats = [info for key, info in tensors.items() if key not in quantized and info.dtype in FLOAT_DTYPES]
+    gemm = checkpoint.detected.layout == "gemm"
     return {
         "layout": checkpoint.detected.layout,
         "bits": checkpoint.detected.bits,
@@ -63,6 +65,8 @@ def checkpoint_facts(folder: Path) -> dict[str, Any]:
         "float_bytes": sum(info.bytes for info in floats),
         "left_float": list(checkpoint.detected.skipped),
         "layers": {name: shape.group_size for name, shape in shapes.items()},
+        "engines": engine_notes(shapes, checkpoint.detected.group_size) if gemm else {},
+        "tensor_parallel": tensor_parallel(shapes) if gemm else [],
     }
 
 
@@ -75,6 +79,10 @@ def print_checkpoint(out: Console, model: str, value: dict[str, Any]) -> None:
     table.add_row("bits per quantized weight", f"{value['bits_per_quantized_weight']:.3f}")
     table.add_row("size", f"{size(value['bytes'])}, of which {size(value['float_bytes'])} float")
     table.add_row("left float", ", ".join(value["left_float"]) or "embeddings and norms only")
+    for engine, note in value["engines"].items():
+        table.add_row(engine, note)
+    if value["engines"]:
+        table.add_row("tensor parallel", ", ".join(map(str, [1, *value["tensor_parallel"]])))
     out.print(table)
 
 
