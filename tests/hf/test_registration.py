@@ -91,3 +91,13 @@ def test_the_configuration_alone_is_enough_to_be_extended() -> None:
     """`from transformers import AwqConfig` does not import transformers' table of quantizers."""
     out = run("import awq\nfrom transformers import AwqConfig\nprint(AwqConfig(version='marlin').format)")
     assert out == "gemm"
+
+
+def test_our_own_module_may_be_imported_first_of_all() -> None:
+    """It imports transformers, whose table is then made before the class that goes into it."""
+    program = (
+        "import awq.hf.quantizer\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as table\n"
+        "print(table['awq'].__module__)"
+    )
+    assert run(program) == "awq.hf.quantizer"

@@ -13,6 +13,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from awq.errors import ConfigError, LoadError
 from awq.formats.detect import detect
+from awq.hf import registration
 from awq.hf.replace import Stored, replace_layers
 from awq.model.names import match_names
 from awq.model.weights import TensorInfo, read_header
@@ -65,7 +66,7 @@ class AwqQuantizer(HfQuantizer):
         found = detect(self.quantization_config.to_dict(), {key.rpartition(".")[2] for key in tensors})
         replace_layers(model, Stored(tensors, found.bits, found.group_size, found.layout))
         self.has_experts = any(isinstance(module, QuantExperts) for module in model.modules())
-        raise_on_missing(model, tensors)
+        raise_on_differences(model, tensors)
         self._dtypes = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point()}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -123,40 +124,55 @@ class AwqQuantizer(HfQuantizer):
         return not self.has_experts
 
 
-def raise_on_missing(model: Any, tensors: dict[str, TensorInfo]) -> None:
-    """Refuse a checkpoint that lacks parts of the base model or of the output layer.
+def raise_on_differences(model: Any, tensors: dict[str, TensorInfo]) -> None:
+    """Refuse a checkpoint that lacks parts of the base model or of the output layer, or has them misshapen.
 
     transformers would initialise them at random and print a table. Other heads are left to it: a fresh
     classifier on a quantized model is legitimate.
 
     Raises:
-        LoadError: naming the first tensors that are missing.
+        LoadError: naming the first tensors that are missing or of another shape.
     """
     named, merges = match_names(model, tensors)
     present = set(named) | {target for merge in merges for target in merge.targets}
     for target, source in getattr(model, "all_tied_weights_keys", {}).items():
         if present & {target, source}:
             present |= {target, source}
-    prefix, head = f"{model.base_model_prefix}.", model.get_output_embeddings()
-    wanted = {name for name, _ in model.named_parameters()} | {
+    wanted = _base_and_output(model)
+    ignored = model._keys_to_ignore_on_load_missing or ()
+    missing = {name for name in wanted if not any(re.search(pattern, name) for pattern in ignored)} - present
+    mismatched = {
+        name
+        for name in wanted & set(named)
+        if tuple(model.get_parameter_or_buffer(name).shape) != tensors[named[name]].shape
+    }
+    problems = [_told(title, names) for title, names in (("missing", missing), ("mismatched", mismatched))]
+    if any(problems):
+        raise LoadError(
+            f"the checkpoint does not fit {type(model).__name__}: {'; '.join(filter(None, problems))}"
+        )
+
+
+def _base_and_output(model: Any) -> set[str]:
+    """Names of the tensors that a checkpoint of this model must hold, whatever the head is for."""
+    names = {name for name, _ in model.named_parameters()} | {
         f"{path}.{name}"
         for path, module in model.named_modules()
         if isinstance(module, QuantLinear)
         for name, _ in module.named_buffers()
     }
-    if hasattr(model, model.base_model_prefix):
-        heads = {path for path, module in model.named_modules() if module is head and head is not None}
-        wanted = {n for n in wanted if n.startswith(prefix) or n.rpartition(".")[0] in heads}
-    ignored = model._keys_to_ignore_on_load_missing or ()
-    missing = sorted(
-        name for name in wanted - present if not any(re.search(pattern, name) for pattern in ignored)
-    )
-    if missing:
-        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
-        raise LoadError(
-            f"the checkpoint does not fit {type(model).__name__}: {len(missing)} missing: "
-            f"{', '.join(missing[:_SHOWN])}{more}"
-        )
+    if not hasattr(model, model.base_model_prefix):
+        return names
+    prefix, output = f"{model.base_model_prefix}.", model.get_output_embeddings()
+    outputs = {path for path, module in model.named_modules() if module is output and output is not None}
+    return {name for name in names if name.startswith(prefix) or name.rpartition(".")[0] in outputs}
+
+
+def _told(title: str, names: set[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{len(names)} {title}: {', '.join(sorted(names)[:_SHOWN])}{more}"
 
 
 def _swap(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -184,3 +200,7 @@ def _save_experts_apart(model: Any) -> None:
     rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightConverter)]
     used = [rule for rule in model._weight_conversions if not isinstance(rule, WeightConverter)]
     model._weight_conversions = used + rules
+
+
+# If this module was imported before transformers, the table of quantizers was made before the class was.
+registration.retry()

@@ -28,9 +28,14 @@ def register() -> None:
     """Let transformers load AWQ checkpoints through OpenAWQ from now on; done by `import awq`."""
     if _watcher not in sys.meta_path:
         sys.meta_path.insert(0, _watcher)
-    for name in _ACTIONS:
+    retry()
+
+
+def retry() -> None:
+    """Take care of what has been imported meanwhile, if registered."""
+    for name in _ACTIONS if _watcher in sys.meta_path else ():
         module = sys.modules.get(name)
-        if module is not None and not getattr(module.__spec__, "_initializing", False):
+        if module is not None and not _is_incomplete(module):
             _extend(name, module)
 
 
@@ -43,8 +48,14 @@ def unregister() -> None:
 
 
 def _extend(name: str, module: ModuleType) -> None:
-    if name not in _stock:
-        _stock[name] = _ACTIONS[name][0](module)
+    ours = sys.modules.get("awq.hf.quantizer")
+    if name in _stock or (ours is not None and not hasattr(ours, "AwqQuantizer")):
+        return  # done before, or called from within our own module, which calls `retry` when it is complete
+    _stock[name] = _ACTIONS[name][0](module)
+
+
+def _is_incomplete(module: ModuleType) -> bool:
+    return getattr(module.__spec__, "_initializing", False)
 
 
 def _extend_config(module: ModuleType) -> Any:
