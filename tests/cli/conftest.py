@@ -28,6 +28,15 @@ class Result(NamedTuple):
 Awq = Callable[..., Result]
 
 
+@pytest.fixture(autouse=True)
+def short_books(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The beginning of the bundled books: tokenizing all of them would take most of each test's time."""
+    from awq.calibration import sources
+
+    real = sources.bundled_text
+    monkeypatch.setattr(sources, "bundled_text", lambda name: real(name)[:50_000])
+
+
 @pytest.fixture
 def awq(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Awq:
     """Runs a command line."""
