@@ -189,10 +189,15 @@ def test_a_run_killed_again_and_again_at_random_times_ends_with_the_same_bytes(
     assert_same(out, unbroken)
 
 
+def as_in_a_terminal() -> None:
+    """A shell's background job is born with Ctrl-C ignored, and hands that down to its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start_for_real(place: Path, out: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "awq.cli.main", *command(place, out)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal,
     )  # fmt: skip
 
 
