@@ -21,7 +21,7 @@ from awq.search import (
 )
 from awq.search.gram import InputStats
 from awq.search.rounding import inverse_factor
-from awq.search.scale import expand
+from awq.search.scale import _coarse_to_fine, expand
 
 HALF = torch.float16
 
@@ -232,3 +232,10 @@ def test_an_unused_layer_is_rounded_without_statistics() -> None:
     codes = gptq(weight, stats, *full_range(weight, 32), 4, HALF)
     assert stats.tokens == 0
     torch.testing.assert_close(codes.values(), fake_quantize(weight, *full_range(weight, 32), 4))
+
+
+@pytest.mark.parametrize(("steps", "best"), [(1, 0), (2, 1), (3, 2), (3, 1), (20, 0), (20, 7), (20, 19)])
+def test_coarse_to_fine_ends_at_the_best_of_a_smooth_loss(steps: int, best: int) -> None:
+    losses = _coarse_to_fine(steps, lambda step: float((step - best) ** 2))
+    assert min(losses, key=lambda step: losses[step]) == best
+    assert len(losses) <= 5 + 2 + 2

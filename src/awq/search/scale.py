@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -86,9 +87,13 @@ def search_scale(weights: list[Tensor], stats: InputStats, grid: ScaleGrid, tie:
             scale = scale / (w_mean.pow(1 - exponent) + 1e-4)
         return _centred(scale)
 
+    def judged(mode: str, step: int) -> float:
+        return loss_of(candidate(mode, step))
+
     losses: dict[tuple[str, int], float] = {}
     for mode in ("plain", "duo") if grid.duo else ("plain",):
-        _coarse_to_fine(mode, grid.steps, losses, lambda m, s: loss_of(candidate(m, s)))
+        found = _coarse_to_fine(grid.steps, partial(judged, mode))
+        losses |= {(mode, step): loss for step, loss in found.items()}
     # The plain scale of exponent zero is the identity, and wins a tie.
     identity = losses["plain", 0]
     mode, step = min(losses, key=lambda key: (losses[key], key != ("plain", 0)))
@@ -98,24 +103,18 @@ def search_scale(weights: list[Tensor], stats: InputStats, grid: ScaleGrid, tie:
     return ScaleChoice(candidate(mode, step), losses[mode, step], identity, label)
 
 
-def _coarse_to_fine(
-    mode: str, steps: int, losses: dict[tuple[str, int], float], loss: Callable[[str, int], float]
-) -> None:
+def _coarse_to_fine(steps: int, loss: Callable[[int], float]) -> dict[int, float]:
     """Judge every fourth exponent, then the neighbours of the best at distance two, then at one.
 
     The loss is smooth in the exponent but for rounding noise; the whole grid costs 2.5 times as much and
     finds scales that are no better beyond that noise.
     """
-    stride = 4
-    wanted = list(range(0, steps, stride))
-    while wanted:
-        losses.update({(mode, step): loss(mode, step) for step in wanted})
-        stride //= 2
-        best = min((step for m, step in losses if m == mode), key=lambda step: losses[mode, step])
-        near = (best - stride, best + stride) if stride else ()
-        wanted = [step for step in near if 0 <= step < steps and (mode, step) not in losses]
-        if not stride:
-            return
+    losses = {step: loss(step) for step in range(0, steps, 4)}
+    for distance in (2, 1):
+        best = min(losses, key=lambda step: losses[step])
+        near = (best - distance, best + distance)
+        losses |= {step: loss(step) for step in near if 0 <= step < steps and step not in losses}
+    return losses
 
 
 def expand(scale: Tensor, tie: Tensor) -> Tensor:
