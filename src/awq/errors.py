@@ -95,3 +95,8 @@ class MissingDependencyError(AwqError, ImportError):
 
 class RemovedError(AwqError, ImportError):
     """A name of AutoAWQ's that leads nowhere; the message says what to use."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of another library's error, for a message of ours; its type where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

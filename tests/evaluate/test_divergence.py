@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scripted import Scripted
 from torch import Tensor
 
 from awq.errors import EvaluationError
 from awq.evaluate import compare, generation_speeds, perplexity
-
-
-class Scripted:
-    """Stands in for a model: its logits are a function of the ids."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, logits: Any) -> None:
-        self._logits = logits
-
-    def __call__(self, ids: Tensor, use_cache: bool) -> Any:
-        return SimpleNamespace(logits=self._logits(ids))
 
 
 def constant(row: list[float]) -> Scripted:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scripted import Scripted
 from torch import Tensor
 
 from awq.errors import CalibrationError, ConfigError, EvaluationError, MissingFileError
@@ -26,18 +26,6 @@ def model(tiny: Any) -> Any:
 
 def some_ids(count: int) -> Tensor:
     return torch.randint(3, 128, (count,), generator=torch.Generator().manual_seed(0))
-
-
-class Scripted:
-    """Stands in for a model: its logits are a function of the ids."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, logits: Any) -> None:
-        self._logits = logits
-
-    def __call__(self, ids: Tensor, use_cache: bool) -> Any:
-        return SimpleNamespace(logits=self._logits(ids))
 
 
 @torch.no_grad()

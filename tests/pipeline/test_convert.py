@@ -163,7 +163,7 @@ def test_little_is_held_at_a_time(source: Path, tmp_path: Path, monkeypatch: pyt
         write(writer, chunk)
 
     monkeypatch.setattr(ShardWriter, "write", recording)
-    monkeypatch.setattr("awq.pipeline.convert._CHUNK_BYTES", 20_000)
+    monkeypatch.setattr("awq.pipeline.writer._TOGETHER", 20_000)
     awq.convert(source, tmp_path / "out", "gptq")
     largest = max(tensor.nbytes for tensor in read(source).values())
     assert len(written) > 3

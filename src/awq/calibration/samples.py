@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from awq.calibration.sources import open_source
-from awq.errors import CalibrationError, ConfigError
+from awq.errors import CalibrationError, ConfigError, first_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +179,7 @@ class _Reader:
             text = self._tokenizer.apply_chat_template(list(messages), tokenize=False)
         except Exception as error:  # templates are programs, and raise what they like
             raise CalibrationError(
-                f"{self._name} holds chats, and the tokenizer cannot format one: {_first_line(error)}"
+                f"{self._name} holds chats, and the tokenizer cannot format one: {first_line(error)}"
             ) from error
         # The template has written the special tokens already.
         return self._tokenize(text, add_special_tokens=False)
@@ -189,7 +189,7 @@ class _Reader:
             ids = torch.as_tensor(item)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise CalibrationError(
-                f"{self._name}: token ids must be whole numbers of 64 bits ({_first_line(error)})"
+                f"{self._name}: token ids must be whole numbers of 64 bits ({first_line(error)})"
             ) from error
         if ids.dim() == 2 and ids.shape[0] == 1:
             ids = ids[0]  # as tokenizers return it with return_tensors="pt"
@@ -226,10 +226,6 @@ def _kind(item: Any) -> str:
     if isinstance(item, (list, tuple)):
         return f"a {type(item).__name__} of {' and '.join(sorted({type(entry).__name__ for entry in item}))}"
     return f"of type {type(item).__name__}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _count(number: int, noun: str) -> str:

@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from awq.errors import CalibrationError, MissingDependencyError, MissingFileError
+from awq.errors import CalibrationError, MissingDependencyError, MissingFileError, first_line
 
 # Short names for data sets: hub name, configuration, split.
 _HUB = {
@@ -204,7 +204,9 @@ def _folder(path: Path, split: str | None, seed: int) -> Iterator[Any]:
     try:
         loaded = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
     except Exception as error:  # the library raises many kinds
-        raise CalibrationError(f"{path} is not readable as a data set: {_reason(error)}") from error
+        raise CalibrationError(
+            f"{path} is not readable as a data set: {first_line(error).rstrip('.')}"
+        ) from error
     if isinstance(loaded, dict):
         chosen = split or ("train" if "train" in loaded else next(iter(loaded)))
         if chosen not in loaded:
@@ -222,8 +224,6 @@ def _hub(name: str, split: str | None, seed: int) -> Iterator[Any]:
         stream = datasets.load_dataset(hub_name, config, split=split or default_split, streaming=True)
         yield from stream.shuffle(seed=seed, buffer_size=_SHUFFLE_ROWS)
     except Exception as error:  # the library and the network raise many kinds
-        raise CalibrationError(f"data set {name} cannot be fetched: {_reason(error)}; {_OFFLINE}") from error
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise CalibrationError(
+            f"data set {name} cannot be fetched: {first_line(error).rstrip('.')}; {_OFFLINE}"
+        ) from error

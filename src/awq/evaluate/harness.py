@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from awq.errors import ConfigError, EvaluationError, MissingDependencyError, MissingFileError
+from awq.errors import ConfigError, EvaluationError, MissingDependencyError, MissingFileError, first_line
 
 # Resamples for the standard error of metrics that are no plain means; known to 3 % with so many.
 _RESAMPLES = 1000
@@ -90,8 +90,7 @@ def run_tasks(
                 task_manager=manager,
             )
     except Exception as error:  # tasks are programs of many authors, and read from the network
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise EvaluationError(f"{', '.join(tasks)} could not be run: {first}") from error
+        raise EvaluationError(f"{', '.join(tasks)} could not be run: {first_line(error)}") from error
     return _scores(results)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from awq.errors import CorruptFileError
 from awq.formats.gptq import group_order
-from awq.formats.layout import LayerShape, divides, grouped, pack_nibbles, refuse, unpack_nibbles
+from awq.formats.layout import LayerShape, grouped, pack_nibbles, refuse, unpack_nibbles, words_both_ways
 from awq.weight import QuantizedWeight
 
 names = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
@@ -28,11 +28,7 @@ optional = ("weight_zero_point", "weight_g_idx")
 
 def supports(out_features: int, in_features: int, group_size: int, bits: int) -> str | None:
     """Why a layer cannot be held, or None when it can."""
-    if bits != 4:
-        return f"the layout is served with 4 bits here, not {bits}"
-    if out_features % 8 or in_features % 8:
-        return f"{out_features} outputs of {in_features} inputs do not divide by 8"
-    return divides(in_features, group_size)
+    return words_both_ways(out_features, in_features, group_size, bits)
 
 
 def packed_shapes(

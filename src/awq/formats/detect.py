@@ -70,7 +70,7 @@ def detect(entry: Mapping[str, Any], suffixes: Collection[str] = ()) -> Detected
     Raises:
         ConfigError: the method, the version or the width is not served; with the cure.
     """
-    method = entry.get("quant_method") or _method_of_old_files(entry)
+    method = method_of(entry)
     readers = {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed_tensors, "mlx": _mlx}
     if method not in readers:
         raise ConfigError(
@@ -82,7 +82,10 @@ def detect(entry: Mapping[str, Any], suffixes: Collection[str] = ()) -> Detected
     return found
 
 
-def _method_of_old_files(entry: Mapping[str, Any]) -> str | None:
+def method_of(entry: Mapping[str, Any]) -> str | None:
+    """The method that an entry names, or that an older project's own file implies by the names it uses."""
+    if entry.get("quant_method"):
+        return str(entry["quant_method"])
     if "w_bit" in entry or "q_group_size" in entry:
         return "awq"
     return "gptq" if "desc_act" in entry and "bits" in entry else None

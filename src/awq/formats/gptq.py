@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from awq.errors import ConfigError, CorruptFileError
-from awq.formats.layout import LayerShape, divides, grouped, pack_nibbles, refuse, unpack_nibbles
+from awq.formats.layout import LayerShape, grouped, pack_nibbles, refuse, unpack_nibbles, words_both_ways
 from awq.weight import QuantizedWeight
 
 
@@ -37,11 +37,7 @@ class Gptq:
 
     def supports(self, out_features: int, in_features: int, group_size: int, bits: int) -> str | None:
         """Why a layer cannot be held, or None when it can."""
-        if bits != 4:
-            return f"the layout is served with 4 bits here, not {bits}"
-        if out_features % 8 or in_features % 8:
-            return f"{out_features} outputs of {in_features} inputs do not divide by 8"
-        return divides(in_features, group_size)
+        return words_both_ways(out_features, in_features, group_size, bits)
 
     def packed_shapes(
         self, out_features: int, in_features: int, group_size: int, scales_dtype: torch.dtype

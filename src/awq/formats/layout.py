@@ -93,6 +93,15 @@ def divides(in_features: int, group_size: int) -> str | None:
     return None
 
 
+def words_both_ways(out_features: int, in_features: int, group_size: int, bits: int) -> str | None:
+    """Why a layout that packs codes by inputs and zero points by outputs cannot hold a layer, or None."""
+    if bits != 4:
+        return f"the layout is served with 4 bits here, not {bits}"
+    if out_features % 8 or in_features % 8:
+        return f"{out_features} outputs of {in_features} inputs do not divide by 8"
+    return divides(in_features, group_size)
+
+
 def refuse(reason: str | None) -> None:
     """Raise the reason that `supports` gave, if it gave one.
 

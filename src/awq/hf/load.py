@@ -9,21 +9,18 @@ from typing import Any
 import torch
 
 from awq.errors import AwqError, ConfigError, LoadError
+from awq.formats.detect import method_of
+from awq.hf.differences import told
 from awq.hf.registration import register
 from awq.kernels import kernel_names
 from awq.model.fetch import resolve
 from awq.model.quantized import quantization_entry
 from awq.model.weights import CheckpointReader, read_json
 
-_SHOWN = 10
-# AutoAWQ's first checkpoints, and llm-awq's, speak of themselves in `quant_config.json`, by these names.
-_OLD_NAMES = ("w_bit", "q_group_size")
-
 
 def is_awq(folder: Path) -> bool:
     """Whether a model folder says that it holds AWQ codes."""
-    entry = _entry(folder)
-    return entry.get("quant_method") == "awq" or any(name in entry for name in _OLD_NAMES)
+    return method_of(_entry(folder)) == "awq"
 
 
 def load_quantized(
@@ -131,10 +128,7 @@ def _raise_on_differences(folder: Path, info: dict[str, Any], unused: set[str]) 
         ("mismatched", "mismatched_keys"),
     ):
         found = {name if isinstance(name, str) else str(name[0]) for name in info.get(key) or ()}
-        names = sorted(found - unused if key == "unexpected_keys" else found)
-        if names:
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            problems.append(f"{len(names)} {title}: {', '.join(names[:_SHOWN])}{more}")
+        problems.append(told(title, found - unused if key == "unexpected_keys" else found))
     problems += [str(message) for message in info.get("error_msgs") or ()]
-    if problems:
-        raise LoadError(f"{folder} does not fit its model: {'; '.join(problems)}")
+    if any(problems):
+        raise LoadError(f"{folder} does not fit its model: {'; '.join(filter(None, problems))}")

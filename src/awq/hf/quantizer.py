@@ -14,12 +14,11 @@ from transformers.quantizers.base import HfQuantizer
 from awq.errors import ConfigError, LoadError
 from awq.formats.detect import detect
 from awq.hf import registration
+from awq.hf.differences import told
 from awq.hf.replace import Stored, replace_layers
 from awq.model.names import match_names
 from awq.model.weights import TensorInfo, read_header
 from awq.nn import QuantExperts, QuantLinear
-
-_SHOWN = 10
 
 
 class AwqQuantizer(HfQuantizer):
@@ -146,7 +145,7 @@ def raise_on_differences(model: Any, tensors: dict[str, TensorInfo]) -> None:
         for name in wanted & set(named)
         if tuple(model.get_parameter_or_buffer(name).shape) != tensors[named[name]].shape
     }
-    problems = [_told(title, names) for title, names in (("missing", missing), ("mismatched", mismatched))]
+    problems = [told(title, names) for title, names in (("missing", missing), ("mismatched", mismatched))]
     if any(problems):
         raise LoadError(
             f"the checkpoint does not fit {type(model).__name__}: {'; '.join(filter(None, problems))}"
@@ -166,13 +165,6 @@ def _base_and_output(model: Any) -> set[str]:
     prefix, output = f"{model.base_model_prefix}.", model.get_output_embeddings()
     outputs = {path for path, module in model.named_modules() if module is output and output is not None}
     return {name for name in names if name.startswith(prefix) or name.rpartition(".")[0] in outputs}
-
-
-def _told(title: str, names: set[str]) -> str:
-    if not names:
-        return ""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{len(names)} {title}: {', '.join(sorted(names)[:_SHOWN])}{more}"
 
 
 def _swap(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from awq.errors import LoadError, MissingFileError
+from awq.errors import LoadError, MissingFileError, first_line
 
 # What a model consists of here; pickled and foreign weights are not fetched.
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*"]
@@ -37,7 +37,7 @@ def resolve(model: str | Path, revision: str | None = None, options: Mapping[str
         )
     except Exception as error:  # the hub's client raises many kinds
         raise MissingFileError(
-            f"{name} is no folder here, and fetching it from the hub failed: {_first_line(error)}"
+            f"{name} is no folder here, and fetching it from the hub failed: {first_line(error).rstrip('.')}"
         ) from error
 
 
@@ -52,11 +52,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raise many kinds
+        reason = first_line(error).rstrip(".")
         raise LoadError(
-            f"{folder} has no tokenizer that can be loaded: {_first_line(error)}; put the original model's "
+            f"{folder} has no tokenizer that can be loaded: {reason}; put the original model's "
             "tokenizer files there, or give token ids instead of text"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -24,14 +24,19 @@ from awq.model.weights import FLOAT_DTYPES
 from awq.pipeline.finish import INDEXES, cast, copy_files
 from awq.pipeline.output import output_folder
 from awq.pipeline.preflight import check_disk
-from awq.pipeline.writer import ShardWriter, TensorPlan, plan_shards, tensor_plan, write_json
+from awq.pipeline.writer import (
+    DEFAULT_SHARD_BYTES,
+    ShardWriter,
+    TensorPlan,
+    gathered,
+    plan_shards,
+    tensor_plan,
+    write_json,
+)
 
 # Layouts that `convert` writes. Plain weights are written by `export`, under the name fp16.
 TARGETS = ("gemm", "gemv", "gemv_fast", "llm_awq", "gptq", "gptq_v2", "compressed-tensors", "mlx")
 _AWQ_LAYOUTS = ("gemm", "gemv", "gemv_fast", "llm_awq", "marlin")
-DEFAULT_SHARD_BYTES = 5 * 10**9
-# Written at once: each write ends with a flush to the disk, and there are many small tensors.
-_CHUNK_BYTES = 1 << 27
 Told = Callable[[int, int], None]
 
 
@@ -138,7 +143,7 @@ class _Job:
         check_disk(out, total)
         with output_folder(out, overwrite) as work:
             writer = ShardWriter(work, self.shards)
-            for chunk in _chunks(self._tensors()):
+            for chunk in gathered(self._tensors()):
                 writer.write(chunk)
             writer.publish(work)
             copy_files(source.folder, work, {"config.json", *OLD_CONFIGS, *INDEXES})
@@ -260,17 +265,3 @@ class _Job:
 
 def _without_quantization(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in ("quantization_config", "quantization")}
-
-
-def _chunks(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
-    """Tensors gathered until they are worth a write."""
-    chunk: list[tuple[str, Tensor]] = []
-    held = 0
-    for name, tensor in tensors:
-        chunk.append((name, tensor))
-        held += tensor.nbytes
-        if held >= _CHUNK_BYTES:
-            yield chunk
-            chunk, held = [], 0
-    if chunk:
-        yield chunk

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from awq.errors import ConfigError
-from awq.pipeline.convert import DEFAULT_SHARD_BYTES, Conversion, Told, convert, write_plain
+from awq.pipeline.convert import Conversion, Told, convert, write_plain
+from awq.pipeline.writer import DEFAULT_SHARD_BYTES
 
 EXPORTS = ("compressed-tensors", "mlx", "gguf", "fp16")
 

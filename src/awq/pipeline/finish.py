@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -86,10 +86,8 @@ def copy_files(folder: Path, out: Path, rewritten: Collection[str]) -> None:
         folder, out: from where to where.
         rewritten: names of files that are written anew, or have no meaning any more.
     """
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if not path.is_file() or hidden or str(relative) in rewritten or path.suffix in _FOREIGN_WEIGHTS:
+    for path, relative in visible_files(folder):
+        if str(relative) in rewritten or path.suffix in _FOREIGN_WEIGHTS:
             continue
         if out.resolve() in path.resolve().parents:
             continue  # the output folder lies inside the model's
@@ -97,3 +95,11 @@ def copy_files(folder: Path, out: Path, rewritten: Collection[str]) -> None:
         with disk_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
+
+
+def visible_files(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """Every file below a folder, with its place there, but for hidden ones and those in hidden folders."""
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
+            yield path, relative

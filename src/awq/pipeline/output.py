@@ -32,7 +32,7 @@ def output_folder(out: Path, overwrite: bool) -> Iterator[Path]:
                 if overwrite:
                     for path in out.iterdir():
                         remove_result(path)
-                _move(work, out)
+                move_files(work, out)
         except BaseException:
             clear(work)
             if not existed:
@@ -41,7 +41,8 @@ def output_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         clear(work)
 
 
-def _move(work: Path, out: Path) -> None:
+def move_files(work: Path, out: Path) -> None:
+    """Move a working folder's files, but for its lock, to the same places in `out`, `config.json` last."""
     files = [path for path in sorted(work.rglob("*")) if path.is_file() and path != work / "lock"]
     # A folder without config.json is no model to any loader.
     for path in sorted(files, key=lambda path: path == work / "config.json"):

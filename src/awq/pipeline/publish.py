@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-
-from torch import Tensor
 
 from awq.errors import OutputError, OutputExistsError
 from awq.model.weights import CheckpointReader, read_json
-from awq.pipeline.finish import REPORT_NAME
-from awq.pipeline.writer import ShardPlan, ShardWriter, TensorPlan, disk_errors, plan_shards
+from awq.pipeline.finish import REPORT_NAME, visible_files
+from awq.pipeline.output import move_files
+from awq.pipeline.writer import ShardPlan, ShardWriter, TensorPlan, disk_errors, gathered, plan_shards
 
 _STAGING = ".awq-saving"
 _INDEX = "model.safetensors.index.json"
 # What a save replaces; any other file that is there already (a tokenizer saved before) stays as it is.
 _REPLACED = ("config.json", "generation_config.json", REPORT_NAME, _INDEX)
-# Bytes of tensors written together; each write ends with a flush to the disk.
-_TOGETHER = 1 << 28
 
 
 def publish(source: Path, out: Path, max_shard_bytes: int, move: bool = False) -> None:
@@ -55,7 +50,7 @@ def publish(source: Path, out: Path, max_shard_bytes: int, move: bool = False) -
                 (shutil.move if move else shutil.copyfile)(source / name, staging / name)
     else:
         writer = ShardWriter(staging, shards)
-        for part in _parts(reader):
+        for part in gathered(reader.read(list(reader.tensors))):
             writer.write(part)
         writer.publish(staging)
     _copy_others(source, staging, out, index=as_it_is)
@@ -81,31 +76,10 @@ def _check(out: Path) -> None:
         raise OutputExistsError(f"{out} holds another model; choose another folder to save to")
 
 
-def _parts(reader: CheckpointReader) -> Iterator[list[tuple[str, Tensor]]]:
-    """All tensors, a bounded amount at a time."""
-    part: list[tuple[str, Tensor]] = []
-    size = 0
-    for key, tensor in reader.read(list(reader.tensors)):
-        part.append((key, tensor))
-        size += tensor.nbytes
-        if size >= _TOGETHER:
-            yield part
-            part, size = [], 0
-    if part:
-        yield part
-
-
 def _copy_others(source: Path, staging: Path, out: Path, index: bool) -> None:
     """Copy what is no weight, unless `out` has its own."""
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if (
-            not path.is_file()
-            or hidden
-            or path.suffix == ".safetensors"
-            or (path.name == _INDEX and not index)
-        ):
+    for path, relative in visible_files(source):
+        if path.suffix == ".safetensors" or (path.name == _INDEX and not index):
             continue
         if (out / relative).exists() and str(relative) not in _REPLACED:
             continue
@@ -120,9 +94,5 @@ def _replace(staging: Path, out: Path) -> None:
         old = [out / "config.json", out / _INDEX, *out.glob("model.safetensors"), *out.glob("model-*-of-*")]
         for path in old:
             path.unlink(missing_ok=True)
-        new = [path for path in sorted(staging.rglob("*")) if path.is_file()]
-        for path in sorted(new, key=lambda path: path.name == "config.json"):
-            target = out / path.relative_to(staging)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
+        move_files(staging, out)
         shutil.rmtree(staging)

@@ -36,10 +36,8 @@ from awq.pipeline.preflight import (
     scale_dtype,
 )
 from awq.pipeline.report import BlockReport, Plan, Progress, Report, Silent
-from awq.pipeline.writer import ShardWriter
+from awq.pipeline.writer import DEFAULT_SHARD_BYTES, ShardWriter
 from awq.weight import QuantizedWeight
-
-_DEFAULT_SHARD_BYTES = 5 * 10**9
 
 
 @torch.no_grad()
@@ -57,7 +55,7 @@ def quantize(
     tokenizer: Any = None,
     device: str = "auto",
     batch_tokens: int | None = None,
-    max_shard_bytes: int = _DEFAULT_SHARD_BYTES,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,

@@ -41,6 +41,10 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+# Size of a weight file at most, where nobody says otherwise.
+DEFAULT_SHARD_BYTES = 5 * 10**9
+# Bytes of tensors written together: each write ends with a flush to the disk.
+_TOGETHER = 1 << 27
 # Widths of elements above 8 bits, by which tensors are ordered.
 _BITS = {"C64": 64, "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32} | dict.fromkeys(
     ("F16", "BF16", "I16", "U16"), 16
@@ -194,6 +198,20 @@ class ShardWriter:
             weight_map = {name: shard.name for name, shard in sorted(self._shard_of.items())}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_json(out / "model.safetensors.index.json", index)
+
+
+def gathered(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
+    """Tensors in lists that are worth a write, of a bounded size."""
+    part: list[tuple[str, Tensor]] = []
+    held = 0
+    for name, tensor in tensors:
+        part.append((name, tensor))
+        held += tensor.nbytes
+        if held >= _TOGETHER:
+            yield part
+            part, held = [], 0
+    if part:
+        yield part
 
 
 def write_json(path: Path, value: object) -> None:
