@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -322,3 +324,25 @@ def test_an_interruption_says_that_the_work_goes_on(
     result = awq("quantize", original, tmp_path / "out")
     assert result.code == 130
     assert "continues when the same command is run again" in result.err
+
+
+def test_an_interruption_that_a_library_turns_into_its_own_error_is_one_all_the_same(
+    awq: Any, original: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def swallow(*_: Any, **__: Any) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape of object") from None
+
+    monkeypatch.setattr("awq.pipeline.quantize", swallow)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = awq("quantize", original, tmp_path / "out")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert result.code == 130
+    assert "continues when the same command is run again" in result.err
+    assert "shape of object" not in result.err

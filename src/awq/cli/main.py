@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -20,13 +25,42 @@ class _Interrupted(Exception):  # noqa: N818 (not an error: the user's wish)
 
 
 class _Commands(TyperGroup):
-    """Lets an interruption through to `run`, where typer would end the process without a word."""
+    """Lets an interruption through to `run`, where typer would end the process without a word.
+
+    An interruption inside a library's C code can come out as that library's own error (reading safetensors
+    gives a ValueError); what matters is that the user pressed Ctrl-C.
+    """
 
     def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise _Interrupted from None
+        pressed: list[int] = []
+        with _noted(pressed):
+            try:
+                return super().invoke(ctx)
+            except KeyboardInterrupt:
+                raise _Interrupted from None
+            except Exception:
+                if pressed:
+                    raise _Interrupted from None
+                raise
+
+
+@contextmanager
+def _noted(pressed: list[int]) -> Iterator[None]:
+    """Note each Ctrl-C in `pressed`, and raise as usual; where it is ignored or handled already, so be it."""
+    usual = signal.getsignal(signal.SIGINT)
+    if usual is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        pressed.append(number)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 app = typer.Typer(
