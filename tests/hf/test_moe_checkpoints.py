@@ -141,18 +141,17 @@ def test_layers_whose_experts_stayed_float_are_loaded_fused(tiny: Any, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "name"),
+    ("family", "changes"),
     [
-        ("gpt_oss", {"num_local_experts": 4, "head_dim": 16, "num_key_value_heads": 2}, "GptOssExperts"),
+        ("gpt_oss", {"num_local_experts": 4, "head_dim": 16, "num_key_value_heads": 2}),
         (
             "llama4_text",
             {"num_local_experts": 4, "head_dim": 16, "num_key_value_heads": 2, "intermediate_size_mlp": 64},
-            "Llama4TextExperts",
         ),
     ],
 )
-def test_experts_that_cannot_be_mapped_are_refused_by_name(
-    family: str, changes: dict[str, Any], name: str, tiny: Any, tmp_path: Path
+def test_codes_of_some_experts_only_are_refused_by_name(
+    family: str, changes: dict[str, Any], tiny: Any, tmp_path: Path
 ) -> None:
     quantized, _ = quantized_pair(tiny(family, **changes), tmp_path)
     tensors = load_file(quantized / "model.safetensors")
@@ -162,5 +161,5 @@ def test_experts_that_cannot_be_mapped_are_refused_by_name(
     for suffix in ("qweight", "qzeros", "scales"):
         tensors[f"{stem}.{suffix}"] = tensors[f"{source}.{suffix}"].clone()
     save_file(tensors, quantized / "model.safetensors", {"format": "pt"})
-    with pytest.raises(LoadError, match=name):
+    with pytest.raises(LoadError, match=r"layers\.1\..*experts\.0\.gate_proj.*all or none"):
         load(quantized)

@@ -114,6 +114,55 @@ class Smooth(Hidden):
         return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
+class Expert(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gate, self.up = (nn.Linear(width, 2 * width, bias=False) for _ in range(2))
+        self.down = nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Listed(nn.Module):
+    """Experts in a list, as older and foreign code keeps them; most get no token at all."""
+
+    def __init__(self, width: int = 64, experts: int = 8, weighted: bool = False) -> None:
+        super().__init__()
+        self.norm, self.weighted = Norm(width), weighted
+        self.router = nn.Linear(width, experts, bias=False)
+        self.experts = nn.ModuleList(Expert(width) for _ in range(experts))
+        self.router.weight.data[3:] -= 10 * self.router.weight.data.abs().max() * self.norm.weight.sign()
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.norm(x).flatten(0, 1)
+        out = torch.zeros_like(flat)
+        scores, chosen = self.router(flat.abs() if self.weighted else flat).softmax(-1).topk(1)
+        for number in chosen.unique().tolist():
+            rows = (chosen == number).nonzero()[:, 0]
+            out[rows] = self.experts[number](flat[rows]) * scores[rows]
+        return x + out.view_as(x)
+
+
+def test_experts_in_a_list_are_understood_although_few_of_them_run() -> None:
+    torch.manual_seed(0)
+    block = Listed()
+    folds, changes = folds_of(block)
+    assert max(changes) <= TOLERANCE
+    norm = folds.pop("router")
+    readers = {f"experts.{n}.{name}" for n in range(8) for name in ("gate", "up")}
+    assert norm.producer == "norm" and set(norm.consumers) == readers | {"router"}
+    assert {fold.producer: name for name, fold in folds.items()} == {
+        f"experts.{n}.up": f"experts.{n}.down" for n in range(8)
+    }
+
+
+def test_a_router_that_reads_something_else_makes_the_proof_fail() -> None:
+    torch.manual_seed(0)
+    folds, _ = folds_of(Listed(weighted=True))
+    assert not any(fold.producer == "norm" for fold in folds.values())
+
+
 def test_nothing_is_folded_through_a_smooth_activation() -> None:
     torch.manual_seed(0)
     folds, _ = folds_of(Smooth())

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awq.errors import ConfigError, KernelError, LoadError
+from awq.errors import ConfigError, KernelError
+from awq.model.experts import Part, parts_of
 from awq.nn import QuantExperts, QuantLinear
 from awq.weight import QuantizedWeight
 
@@ -48,15 +49,15 @@ def layer(out_features: int, in_features: int, seed: int) -> QuantLinear:
     return quantized
 
 
-PARTS = {"gate_up_proj": ("g", "u"), "down_proj": ("d",)}
+PARTS = {"gate_up_proj": Part(("g", "u")), "down_proj": Part(("d",))}
 
 
-def experts(fused: nn.Module | None = None) -> QuantExperts:
+def experts(fused: nn.Module | None = None, parts: dict[str, Part] = PARTS) -> QuantExperts:
     every = [
         {"g": layer(INNER, HIDDEN, i), "u": layer(INNER, HIDDEN, i + 10), "d": layer(HIDDEN, INNER, i + 20)}
         for i in range(EXPERTS)
     ]
-    return QuantExperts(fused or Fused(), PARTS, every)
+    return QuantExperts(fused or Fused(), parts, every)
 
 
 def routed() -> tuple[Tensor, Tensor, Tensor]:
@@ -115,14 +116,38 @@ def test_a_copy_of_the_model_stands_alone() -> None:
 
 
 class Biased(Fused):
+    """Transposed weights whose output channels take turns, and biases."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.down_bias = nn.Parameter(torch.zeros(EXPERTS, HIDDEN))
+        self.is_transposed, self.is_concatenated = True, False
+        self.gate_up_proj = nn.Parameter(torch.empty(EXPERTS, HIDDEN, 2 * INNER, device="meta"))
+        self.down_proj = nn.Parameter(torch.empty(EXPERTS, INNER, HIDDEN, device="meta"))
+        self.down_bias = nn.Parameter(torch.ones(EXPERTS, HIDDEN))
+
+    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(hidden)
+        for expert in index.unique():
+            rows, slot = torch.where(index == expert)
+            both = hidden[rows] @ self.gate_up_proj[expert]
+            inner = self.act(both[:, ::2]) * both[:, 1::2]
+            value = torch.matmul(inner, self.down_proj[expert]) + self.down_bias[expert]
+            out.index_add_(0, rows, value * weights[rows, slot, None])
+        return out
 
 
-def test_experts_with_further_tensors_are_refused_by_name() -> None:
-    with pytest.raises(LoadError, match="Biased holds down_bias"):
-        experts(Biased())
+def test_transposed_and_interleaved_weights_and_biases_are_used_as_the_module_means_them() -> None:
+    fused = Biased()
+    parts = {name: Part(PARTS[name].projections, True, True) for name in PARTS}
+    assert {
+        name: (p.transposed, p.interleaved) for name, p in (parts_of(fused) or {}).items()
+    } == dict.fromkeys(PARTS, (True, True))
+    quantized = experts(fused, parts)
+    quantized.down_bias.data += 1  # as a loader would put another value in its place
+    out = quantized(*routed())
+    reference = copy.deepcopy(quantized).dequantize()
+    assert torch.equal(reference.down_bias, torch.full((EXPERTS, HIDDEN), 2.0))
+    torch.testing.assert_close(out, reference(*routed()), rtol=1e-5, atol=1e-6)
 
 
 class AllAtOnce(Fused):

@@ -7,6 +7,7 @@ Codes for what is neither are refused: left alone, transformers would initialise
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -16,13 +17,11 @@ from torch import nn
 
 from awq.errors import LoadError
 from awq.formats import get_format
+from awq.model.experts import Part, parts_of
 from awq.model.names import Merge, match_names
+from awq.model.unfuse import by_owner, expert_of, put
 from awq.model.weights import FLOAT_DTYPES, TensorInfo
 from awq.nn import QuantExperts, QuantLinear
-
-# The only ways of making a fused parameter of experts that can be undone expert by expert.
-_STACKED = (("MergeModulelist", 0),)
-_STACKED_IN_ROWS = (("MergeModulelist", 0), ("Concatenate", 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,19 +86,26 @@ def replace_layers(model: nn.Module, stored: Stored) -> list[str]:
     stems = [key.removesuffix(mark) for key in stored.tensors if key.endswith(mark)]
     named, merges = match_names(model, [f"{stem}.weight" for stem in stems])
     replaced = []
+    apart: dict[str, dict[tuple[int, str], str]] = {}
     for name, key in named.items():
         path, stem = name.removesuffix(".weight"), key.removesuffix(".weight")
+        expert = _expert_names(model, path)
+        if expert is not None:
+            owner, number, projection = expert
+            apart.setdefault(owner, {})[number, projection] = stem
+            continue
         linear = _linear(model, path, stem)
         layer = stored.layer(
             stem, linear.out_features, linear.in_features, linear.weight.dtype, linear.bias is not None
         )
-        _put(model, path, layer)
+        put(model, path, layer)
         replaced.append(path)
-    by_owner: dict[str, list[Merge]] = {}
-    for merge in merges:
-        by_owner.setdefault(merge.targets[0].rpartition(".")[0], []).append(merge)
-    for owner, parts in by_owner.items():
-        _put(model, owner, _experts(model, owner, parts, stored))
+    for owner, parts in by_owner(merges).items():
+        put(model, owner, _experts(model, owner, parts, stored))
+        replaced.append(owner)
+    for owner, stems_of in apart.items():
+        fused_parts = parts_of(model.get_submodule(owner)) or {}
+        put(model, owner, _filled(model, owner, fused_parts, stems_of, stored))
         replaced.append(owner)
     _untie(model, replaced)
     return replaced
@@ -131,26 +137,37 @@ def _where_it_would_be(model: nn.Module, path: str) -> str:
     return "which this model does not have"
 
 
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
-
-
 def _experts(model: nn.Module, owner: str, merges: list[Merge], stored: Stored) -> QuantExperts:
     """The empty experts that the tensors behind `merges` fill."""
-    fused = model.get_submodule(owner)
-    parts: dict[str, dict[int, str]] = {}
+    names: dict[str, dict[int, str]] = {}
     stems: dict[tuple[int, str], str] = {}
     for merge in merges:
-        number, projection = _expert_of(merge, owner, fused)
-        parts.setdefault(merge.targets[0].rpartition(".")[2], {})[merge.position] = projection
-        stems[number, projection] = merge.key.removesuffix(".weight")
+        expert = expert_of(merge, owner)
+        stem = merge.key.removesuffix(".weight")
+        if expert is None:
+            raise LoadError(
+                f"the codes of {stem} belong to a {type(model.get_submodule(owner)).__name__}, which is made "
+                f"of its checkpoint's tensors in a way that codes cannot follow ({merge.steps}): this model "
+                "cannot be loaded from a quantized checkpoint"
+            )
+        names.setdefault(merge.targets[0].rpartition(".")[2], {})[merge.position] = expert[1]
+        stems[expert] = stem
+    parts = {name: Part(tuple(held[i] for i in sorted(held))) for name, held in names.items()}
+    return _filled(model, owner, parts, stems, stored)
+
+
+def _filled(
+    model: nn.Module, owner: str, parts: dict[str, Part], stems: dict[tuple[int, str], str], stored: Stored
+) -> QuantExperts:
+    """Experts whose layers take the tensors of `stems`, `{(expert, projection): name}`."""
+    fused = model.get_submodule(owner)
+    stems = dict(stems)
     layers: dict[int, dict[str, nn.Module]] = {}
-    for name, projections in parts.items():
+    for name, part in parts.items():
         parameter: Any = getattr(fused, name)
-        experts, rows, columns = parameter.shape
+        experts, rows, columns = part.measures(parameter.shape)
         for number in range(experts):
-            for projection in projections.values():
+            for projection in part.projections:
                 stem = stems.pop((number, projection), None)
                 if stem is None:
                     raise LoadError(
@@ -158,28 +175,24 @@ def _experts(model: nn.Module, owner: str, merges: list[Merge], stored: Stored) 
                         "layer are quantized all or none"
                     )
                 layers.setdefault(number, {})[projection] = stored.layer(
-                    stem, rows // len(projections), columns, parameter.dtype, bias=False
+                    stem, rows, columns, parameter.dtype, bias=False
                 )
     if stems:
         extra = next(iter(stems.values()))
         raise LoadError(f"the checkpoint holds codes for {extra}, but {owner} has {len(layers)} experts")
-    ordered = {name: [projections[i] for i in sorted(projections)] for name, projections in parts.items()}
-    return QuantExperts(fused, ordered, [layers[number] for number in range(len(layers))])
+    return QuantExperts(fused, parts, [layers[number] for number in range(len(layers))])
 
 
-def _expert_of(merge: Merge, owner: str, fused: nn.Module) -> tuple[int, str]:
-    """Number and projection behind a merged tensor's name."""
-    head, _, projection = merge.renamed.removesuffix(".weight").rpartition(".")
-    head, _, number = head.rpartition(".")
-    stacked = merge.steps == (_STACKED if merge.sources == 1 else _STACKED_IN_ROWS)
-    within = head.rpartition(".")[2] == owner.rpartition(".")[2]
-    if not (stacked and within and number.isdigit() and len(merge.targets) == 1):
-        raise LoadError(
-            f"the codes of {merge.key.removesuffix('.weight')} belong to a {type(fused).__name__}, which is "
-            f"made of its checkpoint's tensors in a way that codes cannot follow ({merge.steps}): this model "
-            "cannot be loaded from a quantized checkpoint"
-        )
-    return int(number), projection
+def _expert_names(model: nn.Module, path: str) -> tuple[str, int, str] | None:
+    """Owner, number and projection, when `path` names a projection of an expert that the model keeps fused
+    and transformers has no rule for."""
+    head, _, projection = path.rpartition(".")
+    owner, _, number = head.rpartition(".")
+    with contextlib.suppress(AttributeError):
+        parts = parts_of(model.get_submodule(owner)) or {}
+        if number.isdigit() and any(projection in part.projections for part in parts.values()):
+            return owner, int(number), projection
+    return None
 
 
 def _untie(model: Any, replaced: list[str]) -> None:

@@ -19,10 +19,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from awq.model.experts import ExpertName, expert_names, rerouted, rotated, rotations
 
 Rule = Literal["factor", "one_plus"]
 
@@ -71,16 +74,40 @@ def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
+def readers_of(block: nn.Module) -> dict[str, nn.Module]:
+    """Every module that may multiply its input with a matrix `weight` `[out, in]` of its own.
+
+    Beside linear layers these are the routers of mixtures of experts, which are modules of many classes.
+    Whether they do multiply so is not asked here: a fold that takes them for what they are not fails its
+    proof.
+    """
+    out = {}
+    for name, module in block.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.dim() == 2 and not isinstance(module, nn.Embedding):
+            out[name] = module
+    return out
+
+
+def width_of(reader: nn.Module) -> int:
+    """Input channels of a module in `readers_of`."""
+    weight = reader._parameters["weight"]
+    assert weight is not None  # readers are found by their weight
+    return weight.shape[1]
+
+
 @contextmanager
 def watch_inputs(block: nn.Module, seen: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call `seen(name, input)` whenever a linear layer of the block runs."""
+    """Call `seen(name, input)` whenever a linear layer, or a module like one, of the block runs."""
     with ExitStack() as stack:
-        for name, linear in linears_of(block).items():
+        for name, reader in readers_of(block).items():
 
-            def hook(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                seen(name, args[0] if args else kwargs["input"])
+            def hook(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                given = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+                if given is not None and given.shape[-1] == width_of(module):
+                    seen(name, given)
 
-            stack.callback(linear.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            stack.callback(reader.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
 
 
@@ -92,18 +119,39 @@ def propose(block: nn.Module, run: Callable[[], Tensor], probe_run: Callable[[],
         run: runs the block on a few longer inputs.
         probe_run: runs it on a batch of single tokens.
     """
-    inputs = _shared_inputs(_inputs_of(block, run))
-    before = _inputs_of(block, probe_run)
+    within = expert_names(block)
+    with rerouted(block, "all"):
+        inputs = _shared_inputs(_inputs_of(block, partial(_everywhere, block, run)), within)
     best: dict[str, Fold] = {}
-    for producer, module in _producers(block):
-        for fold in _read_rows(block, producer, module, inputs, before, probe_run):
-            first = fold.consumers[0]
-            if first not in best or len(fold.rows) > len(best[first].rows):
-                best[first] = fold
+    with rerouted(block, "first"):
+        before = _inputs_of(block, probe_run)
+        examples = _examples(before, within)
+        for producer, module in _producers(block):
+            if producer in within and within[producer].number != examples.get(within[producer].owner):
+                continue  # experts of a layer are alike: what is found in one is proposed for all
+            for fold in _read_rows(block, producer, module, inputs, before, probe_run):
+                first = fold.consumers[0]
+                if first not in best or len(fold.rows) > len(best[first].rows):
+                    best[first] = fold
+    for fold in list(best.values()):
+        best.update({copy.consumers[0]: copy for copy in _for_other_experts(fold, within, inputs)})
     return Structure(inputs, tuple(best[name] for name in inputs if name in best))
 
 
-def _inputs_of(block: nn.Module, run: Callable[[], Tensor]) -> dict[str, Tensor]:
+def _for_other_experts(
+    fold: Fold, within: dict[str, ExpertName], inputs: dict[str, tuple[str, ...]]
+) -> Iterator[Fold]:
+    """The same fold in the other experts of the layer, where `fold` lies in an expert."""
+    place = within.get(fold.producer)
+    if place is None:
+        return
+    for number in set(range(place.count)) - {place.number}:
+        names = [within[name].of(number) for name in (fold.producer, *fold.consumers) if name in within]
+        if len(names) == 1 + len(fold.consumers) and inputs.get(names[1]) == tuple(names[1:]):
+            yield dataclasses.replace(fold, producer=names[0], consumers=tuple(names[1:]))
+
+
+def _inputs_of(block: nn.Module, run: Callable[[], object]) -> dict[str, Tensor]:
     """Input of each linear layer as `[rows, in]`; a layer that runs several times keeps its first input."""
     seen: dict[str, Tensor] = {}
 
@@ -115,17 +163,52 @@ def _inputs_of(block: nn.Module, run: Callable[[], Tensor]) -> dict[str, Tensor]
     return seen
 
 
-def _shared_inputs(seen: dict[str, Tensor]) -> dict[str, tuple[str, ...]]:
-    """Group layers whose inputs are equal, in the order in which they ran."""
+def _everywhere(block: nn.Module, run: Callable[[], Tensor]) -> None:
+    """Run with every expert in every place; a layer keeps the first input it gets."""
+    for steps in range(rotations(block)):
+        with rotated(block, steps):
+            run()
+
+
+def _examples(before: dict[str, Tensor], within: dict[str, ExpertName]) -> dict[str, int]:
+    """For each layer of experts the one that saw the most rows of the probe."""
+    rows: dict[str, dict[int, int]] = {}
+    for name, tensor in before.items():
+        if name in within:
+            place = within[name]
+            rows.setdefault(place.owner, {})[place.number] = len(tensor)
+    return {owner: max(sorted(seen), key=lambda number: seen[number]) for owner, seen in rows.items()}
+
+
+def _shared_inputs(seen: dict[str, Tensor], within: dict[str, ExpertName]) -> dict[str, tuple[str, ...]]:
+    """Group layers whose inputs are equal, in the order in which they ran.
+
+    An expert's tokens may be weighted before it reads them, and are some of all tokens: its inputs need only
+    be multiples row by row, or rows found among the others.
+    """
     groups: dict[str, list[str]] = {}
     for name, tensor in seen.items():
         for first, members in groups.items():
-            if seen[first].shape == tensor.shape and torch.equal(seen[first], tensor):
+            same = _same_rows if name in within else torch.equal
+            if same(seen[first], tensor):
                 members.append(name)
                 break
         else:
             groups[name] = [name]
     return {first: tuple(members) for first, members in groups.items()}
+
+
+def _same_rows(rows: Tensor, others: Tensor) -> bool:
+    """Whether each row of `others` is a multiple of the row of `rows`, or all are found among `rows`."""
+    if torch.equal(rows, others):
+        return True
+    if rows.shape[1] != others.shape[1]:
+        return False
+    if len(rows) != len(others):
+        return all(bool((rows == row).all(1).any()) for row in others)
+    factor = (rows * others).sum(1) / rows.square().sum(1).clamp_min(1e-30)
+    residual = (others - factor.unsqueeze(1) * rows).square().sum(1)
+    return bool((residual <= _CONSTANT**2 * others.square().sum(1)).all())
 
 
 def _producers(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -200,7 +283,8 @@ def _decode(
         with scaled(module, rule, factors):
             after = _inputs_of(block, run)
         for first in list(found):
-            level = _levels_of(before[first], after[first]).cpu()
+            # An expert may get no token once its router's input has changed.
+            level = _levels_of(before[first], after.get(first, before[first][:0])).cpu()
             if bool((level[live[first]] < 0).any()) or not bool(live[first].any()):
                 del found[first]
             else:

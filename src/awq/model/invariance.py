@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from awq.model.experts import Experts, expert_names, rerouted, rotated, rotations
 from awq.model.groups import Fold, rows_of, scale_rows, scaled
 
 # Largest change of the output, relative to its largest value, that still counts as rounding noise.
@@ -41,8 +42,13 @@ def prove(block: nn.Module, folds: Iterable[Fold], run: Callable[[], Tensor]) ->
         folds: proposals.
         run: runs the block on a few inputs of several tokens and returns its output.
     """
+    run = _through_all_experts(block, run)
     reference = run()
-    proofs = [Proof(fold, _change(block, [fold], run, reference)) for fold in folds]
+    proofs = [
+        Proof(fold, change)
+        for alike in _alike(block, folds)
+        for fold, change in zip(alike, _changes(block, alike, run, reference), strict=True)
+    ]
     together = [proof.fold for proof in proofs if proof.holds]
     if len(together) > 1:
         change = _change(block, together, run, reference)
@@ -62,6 +68,44 @@ def apply(block: nn.Module, fold: Fold, scale: Tensor) -> None:
     for consumer in fold.consumers:
         weight = block.get_parameter(f"{consumer}.weight")
         weight.data = weight.data * _columns(fold, scale)
+
+
+def _through_all_experts(block: nn.Module, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`run` as it is, which shows that routing is the same, and such that every expert has its turn."""
+    rerouting = any(isinstance(module, Experts) for module in block.modules())
+
+    def every() -> Tensor:
+        outputs = []
+        for steps in range(rotations(block)):
+            with rotated(block, steps):
+                outputs.append(run())
+        if rerouting:
+            with rerouted(block, "all"):
+                outputs.append(run())
+        return torch.cat(outputs)
+
+    return every
+
+
+def _alike(block: nn.Module, folds: Iterable[Fold]) -> Iterator[list[Fold]]:
+    """Folds that stand at the same place in the experts of a layer, together; others alone."""
+    within = expert_names(block)
+    groups: dict[tuple[str, ...], list[Fold]] = {}
+    for fold in folds:
+        place = within.get(fold.producer)
+        key = (fold.producer, *fold.consumers) if place is None else (place.owner, place.rest)
+        groups.setdefault((*key, fold.rule), []).append(fold)
+    yield from groups.values()
+
+
+def _changes(
+    block: nn.Module, folds: list[Fold], run: Callable[[], Tensor], reference: Tensor
+) -> list[float]:
+    """The change that each fold makes; where all together make none, none is tried alone."""
+    change = _change(block, folds, run, reference)
+    if len(folds) == 1 or change <= TOLERANCE:
+        return [change] * len(folds)
+    return [_change(block, [fold], run, reference) for fold in folds]
 
 
 def _change(block: nn.Module, folds: list[Fold], run: Callable[[], Tensor], reference: Tensor) -> float:

@@ -37,7 +37,7 @@ class Merge:
     steps: tuple[tuple[str, int | None], ...]
 
 
-def names_in_model(model: nn.Module, keys: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+def match_names(model: nn.Module, keys: Iterable[str]) -> tuple[dict[str, str], list[Merge]]:
     """Map checkpoint keys to names in the model.
 
     Args:
@@ -45,18 +45,12 @@ def names_in_model(model: nn.Module, keys: Iterable[str]) -> tuple[dict[str, str
         keys: names as the checkpoint has them.
 
     Returns:
-        `{name in the model: checkpoint key}`, and the keys that the model only takes through a conversion
-        (several tensors merged into one), which have no name of their own.
+        `{name in the model: checkpoint key}`, and the tensors that the model only takes through a conversion
+        (several merged into one), which have no name of their own.
 
     Raises:
         StructureError: this version of transformers tells its renaming rules in a way unknown here.
     """
-    named, merges = match_names(model, keys)
-    return named, [merge.key for merge in merges]
-
-
-def match_names(model: nn.Module, keys: Iterable[str]) -> tuple[dict[str, str], list[Merge]]:
-    """Like `names_in_model`, with all that is known about the tensors that are merged."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key

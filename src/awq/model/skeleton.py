@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from awq.errors import AlreadyQuantizedError, CorruptFileError, StructureError
-from awq.model.names import names_in_model
+from awq.model.names import match_names
+from awq.model.unfuse import unfuse
 from awq.model.weights import FLOAT_DTYPES, CheckpointReader, read_json
 
 
@@ -114,11 +115,13 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> Skeleton:
         )
     reader = CheckpointReader(folder)
     config, model = _build(folder, trust_remote_code)
-    keys, converted = names_in_model(model, reader.tensors)
+    keys, merges = match_names(model, reader.tensors)
+    converted = unfuse(model, keys, merges, reader)
     if converted:
         raise StructureError(
-            f"{folder}: {len(converted)} tensors such as {converted[0]} are merged by transformers while it "
-            "loads (fused experts); quantizing such a model is not supported yet"
+            f"{folder}: {len(converted)} tensors such as {converted[0]} are changed by transformers while it "
+            "loads in a way that cannot be followed tensor by tensor; save the model with this version of "
+            "transformers first"
         )
     _tie(model, keys)
     _check_shapes(model, reader, keys, folder)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,38 @@ class TensorInfo:
         return self.end - self.begin
 
 
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A slice of a tensor that holds all experts of a layer.
+
+    Args:
+        source: the tensor `[experts, rows, columns]`.
+        expert: which one.
+        rows: its output channels.
+        transposed: the tensor is `[experts, columns, rows]`.
+        shape: of the slice, `(rows, columns)`.
+    """
+
+    source: str
+    expert: int
+    rows: slice
+    transposed: bool
+    shape: tuple[int, int]
+
+    def cut(self, handle: Any) -> Tensor:
+        """The slice, out of an open safetensors file."""
+        tensor = handle.get_slice(self.source)
+        # The library's slices have no steps; interleaved rows are picked afterwards.
+        plain = self.rows if self.rows.step is None else slice(None)
+        cut = tensor[self.expert, :, plain].t() if self.transposed else tensor[self.expert, plain, :]
+        return cut if self.rows.step is None else cut[self.rows]
+
+    def place(self, whole: Tensor, part: Tensor) -> None:
+        """Put the slice into the tensor it came from."""
+        target = whole[self.expert].t() if self.transposed else whole[self.expert]
+        target[self.rows] = part
+
+
 class CheckpointReader:
     """The tensors of a model folder.
 
@@ -52,6 +85,8 @@ class CheckpointReader:
     Attributes:
         tensors: by name.
         unused: names that our own files mark as carried over without use (MTP heads and the like).
+        views: tensors that are slices of others, see `split`.
+        split_up: what `split` took out of `tensors`.
 
     Raises:
         MissingFileError: the folder, its weights or a shard named in its index is missing.
@@ -63,6 +98,8 @@ class CheckpointReader:
         self.files = _weight_files(folder)
         self.tensors: dict[str, TensorInfo] = {}
         self.unused: set[str] = set()
+        self.views: dict[str, View] = {}
+        self.split_up: dict[str, TensorInfo] = {}
         for file in self.files:
             tensors, metadata = read_header(folder / file)
             self.tensors.update(tensors)
@@ -77,6 +114,19 @@ class CheckpointReader:
         if absent:
             raise CorruptFileError(f"{index} names tensors that no shard holds: {', '.join(absent[:10])}")
 
+    def split(self, key: str, views: dict[str, View]) -> None:
+        """Let a tensor appear as slices of it, under names of their own."""
+        info = self.split_up[key] = self.tensors.pop(key)
+        for name, view in views.items():
+            size = info.bytes * math.prod(view.shape) // math.prod(info.shape)
+            self.tensors[name] = TensorInfo(info.file, info.dtype, view.shape, 0, size)
+        self.views.update(views)
+
+    def fused(self, quantized: Collection[str]) -> dict[str, TensorInfo]:
+        """Split tensors of which no slice is among `quantized`: they go to disk as they came."""
+        gone = {self.views[name].source for name in quantized if name in self.views}
+        return {key: info for key, info in self.split_up.items() if key not in gone}
+
     def read(self, keys: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield `(key, tensor)` on the CPU in the stored dtype, each file opened once, then unmapped."""
         by_file: dict[str, list[str]] = {}
@@ -87,7 +137,9 @@ class CheckpointReader:
                 with safe_open(self.folder / file, framework="pt") as handle:
                     for name in names:
                         # A copy: the original is a view of the map, and would keep it alive.
-                        yield name, handle.get_tensor(name).clone()
+                        view = self.views.get(name)
+                        tensor = handle.get_tensor(name) if view is None else view.cut(handle)
+                        yield name, tensor.clone(memory_format=torch.contiguous_format)
             except (SafetensorError, OSError) as error:
                 raise CorruptFileError(f"cannot read {self.folder / file}: {error}") from error
 

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from awq.config import QuantConfig
-from awq.model.blocks import BlockCall
-from awq.model.groups import Fold, Structure, linears_of, scale_rows, watch_inputs
+from awq.model.groups import Fold, Structure, linears_of, scale_rows
 from awq.model.invariance import apply
+from awq.pipeline.observe import Batch
 from awq.search import (
     Codes,
-    GramAccumulator,
     InputStats,
     ScaleGrid,
     full_range,
@@ -31,29 +30,10 @@ from awq.search import (
 )
 from awq.search.scale import expand
 
-# Widest input whose Gram matrix is kept whole (float32: 1.7 GB); wider ones are cut in equal parts.
-_WIDEST = 20480
+# Most weights of layers with a common input that are rounded together (float32: 1 GB).
+_STACKED = 1 << 28
 # Tokens on which candidates for a block are compared through the block itself.
 _JUDGED_TOKENS = 8192
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """One batch at the block's door.
-
-    Args:
-        hidden: float32 `[batch, tokens, width]`.
-        call: the block's other arguments.
-        mask: bool `[batch, tokens]`, False at padding; None when there is none.
-    """
-
-    hidden: Tensor
-    call: BlockCall
-    mask: Tensor | None
-
-    def run(self, block: nn.Module, device: torch.device) -> Tensor:
-        """The block's output on `device`."""
-        return self.call.run(block, self.hidden.to(device))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,42 +72,6 @@ class BlockResult:
         return grouped.clamp(low.unsqueeze(-1), high.unsqueeze(-1)).view(weight.shape)
 
 
-def measure(
-    block: nn.Module,
-    structure: Structure,
-    layers: Sequence[str],
-    batches: Sequence[Batch],
-    device: torch.device,
-    group_size: int,
-) -> tuple[dict[str, InputStats], list[Tensor]]:
-    """Run every batch through the block once.
-
-    Returns:
-        Statistics by the first layer of each shared input that some layer in `layers` reads, and the block's
-        outputs on the devices the inputs came from.
-    """
-    linears = linears_of(block)
-    wanted = {first for first, members in structure.inputs.items() if set(members) & set(layers)}
-    sums = {
-        first: GramAccumulator(
-            linears[first].in_features, _part_width(linears[first].in_features, group_size), device
-        )
-        for first in wanted
-    }
-    outputs = []
-    for batch in batches:
-        keep = None if batch.mask is None else batch.mask.to(device)
-
-        def note(name: str, inputs: Tensor, keep: Tensor | None = keep) -> None:
-            if name in sums:
-                rows = inputs.numel() // inputs.shape[-1]
-                sums[name].add(inputs, keep if keep is not None and keep.numel() == rows else None)
-
-        with watch_inputs(block, note):
-            outputs.append(batch.run(block, device).to(batch.hidden.device))
-    return {first: total.finish() for first, total in sums.items()}, outputs
-
-
 def quantize_block(
     block: nn.Module,
     reload: Callable[[], None],
@@ -151,7 +95,7 @@ def quantize_block(
         structure: shared inputs.
         folds: proven folds.
         layers: names of the layers to quantize.
-        stats: what `measure` returned for the original weights.
+        stats: statistics of the inputs under the original weights.
         judge: the block's relative output error as it stands.
         config: what to quantize to.
         scale_dtype: storage dtype of quantization scales.
@@ -231,17 +175,6 @@ def make_judge(
     return judge
 
 
-def _part_width(channels: int, group_size: int) -> int:
-    """Width of the parts of G: all channels where that fits, else the widest equal parts of whole groups."""
-    if channels <= _WIDEST or group_size == -1:
-        return channels
-    for parts in range(2, channels // group_size + 1):
-        width = channels // parts
-        if channels % parts == 0 and width % group_size == 0 and width <= _WIDEST:
-            return width
-    return group_size
-
-
 def _fold(
     block: nn.Module,
     fold: Fold,
@@ -303,8 +236,7 @@ def _round(
     """Codes of every layer. Layers that share an input are stacked: rows are independent of one another."""
     linears = linears_of(block)
     out: dict[str, Codes] = {}
-    for first in dict.fromkeys(first_of[name] for name in layers):
-        members = [name for name in layers if first_of[name] == first]
+    for first, members in _stacks(linears, layers, first_of):
         weight = torch.cat([linears[name].weight.data for name in members])
         size = config.effective_group_size(weight.shape[1])
         seen = stats[first]
@@ -320,6 +252,26 @@ def _round(
         for name, *parts in zip(members, *(tensor.split(rows) for tensor in stacked), strict=True):
             out[name] = Codes(*parts)
     return out
+
+
+def _stacks(
+    linears: dict[str, nn.Linear], layers: Sequence[str], first_of: dict[str, str]
+) -> Iterator[tuple[str, list[str]]]:
+    """Layers with a common input, as many at a time as may be stacked; with the first layer of that input."""
+    together: dict[str, list[str]] = {}
+    for name in layers:
+        together.setdefault(first_of[name], []).append(name)
+    for first, members in together.items():
+        stack: list[str] = []
+        size = 0
+        for name in members:
+            weights = linears[name].weight.numel()
+            if stack and size + weights > _STACKED:
+                yield first, stack
+                stack, size = [], 0
+            stack.append(name)
+            size += weights
+        yield first, stack
 
 
 def _judged(block: nn.Module, codes: dict[str, Codes], judge: Callable[[], float]) -> float:

@@ -15,7 +15,7 @@ from awq.calibration import Batch as TokenBatch
 from awq.calibration import make_batches
 from awq.errors import StructureError
 from awq.model import Skeleton, dry_pass
-from awq.pipeline.block import Batch
+from awq.pipeline.observe import Batch
 
 _PROBE_ROWS, _PROBE_TOKENS, _SINGLE_TOKENS = 2, 24, 16
 

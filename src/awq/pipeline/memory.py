@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from awq.model.experts import expert_names
 from awq.model.groups import linears_of
 
 # On the CPU larger batches gain nothing: the products are large enough, and activations cost memory.
@@ -20,11 +21,18 @@ def batch_tokens_for(device: torch.device, blocks: Sequence[nn.Module]) -> int:
     if device.type != "cuda":
         return _CPU_BATCH_TOKENS
     free, _ = torch.cuda.mem_get_info(device)
-    per_token = max(
-        sum(linear.in_features + linear.out_features for linear in linears_of(block).values())
-        for block in blocks
-    )
+    per_token = max(channels_at_once(block) for block in blocks)
     return max(512, min(_MOST_BATCH_TOKENS, free // 4 // (8 * per_token)))
+
+
+def channels_at_once(block: nn.Module) -> int:
+    """Input and output channels of all linear layers that a token passes; experts run one after another."""
+    within = expert_names(block)
+    return sum(
+        linear.in_features + linear.out_features
+        for name, linear in linears_of(block).items()
+        if name not in within or within[name].number == 0
+    )
 
 
 def peak_memory(device: torch.device) -> int:

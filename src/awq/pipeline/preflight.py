@@ -19,9 +19,11 @@ from awq.config import PLAIN_FORMATS, QuantConfig
 from awq.errors import ConfigError, DiskFullError
 from awq.formats import get_format
 from awq.model import Skeleton, kind_of
-from awq.model.groups import Fold, Structure, linears_of, propose
+from awq.model.experts import expert_names
+from awq.model.groups import Fold, Structure, linears_of, propose, readers_of, width_of
 from awq.model.invariance import Proof, prove
-from awq.model.weights import FLOAT_DTYPES
+from awq.model.weights import FLOAT_DTYPES, TensorInfo
+from awq.pipeline.memory import channels_at_once
 from awq.pipeline.writer import ShardPlan, TensorPlan, plan_shards, tensor_plan
 
 _NAMED = "named in modules_to_not_convert"
@@ -110,10 +112,15 @@ def _skip_reasons(
     reasons: dict[str, str] = {}
     layout = get_format(config.format)
     ran = {name for members in structure.inputs.values() for name in members}
+    routers = _routers(block)
+    for name in readers_of(block).keys() - linears_of(block).keys():
+        reasons[name] = f"a {type(block.get_submodule(name)).__name__} is no linear layer"
     for name, linear in linears_of(block).items():
         size = config.effective_group_size(linear.in_features)
         if name in named:
             reasons[name] = _NAMED
+        elif name in routers:
+            reasons[name] = "it decides which experts a token goes to"
         elif name not in ran:
             reasons[name] = "did not run on the probe text"
         elif reason := layout.supports(linear.out_features, linear.in_features, size, config.bits):
@@ -125,7 +132,29 @@ def _skip_reasons(
             floats = [other for other in siblings if other in reasons]
             if floats and name not in reasons:
                 reasons[name] = f"engines fuse it with {floats[0]}, which stays float"
+    experts: dict[str, list[str]] = {}
+    for name, place in expert_names(block).items():
+        experts.setdefault(place.owner, []).append(name)
+    for layers in experts.values():
+        floats = [name for name in layers if name in reasons]
+        for name in layers if floats else ():
+            reasons.setdefault(name, f"experts are quantized all or none, and {floats[0]} stays float")
     return reasons
+
+
+def _routers(block: nn.Module) -> set[str]:
+    """Linear layers beside a layer of experts that have one output for each of them."""
+    inside = expert_names(block)
+    counts: dict[str, int] = {}  # by the name of the module that owns the layer of experts, with a dot
+    for place in inside.values():
+        owner = place.owner.rpartition(".")[0]
+        counts[f"{owner}." if owner else ""] = place.count
+    return {
+        name
+        for name, linear in linears_of(block).items()
+        for owner, count in counts.items()
+        if name.startswith(owner) and name not in inside and linear.out_features == count
+    }
 
 
 def require_layers(kinds: Sequence[KindPlan], config: QuantConfig, blocks: Sequence[nn.Module]) -> None:
@@ -173,12 +202,14 @@ class Files:
         copies: `{checkpoint key: key}` of tensors that are carried over byte by byte or cast.
         dtypes: storage dtype of each float tensor that is written anew, by checkpoint key.
         unused: tensors among the copies that the model class does not use.
+        fused: tensors written as the checkpoint has them, with all experts of a layer in one.
     """
 
     shards: list[ShardPlan]
     copies: list[str]
     dtypes: dict[str, torch.dtype]
     unused: list[str]
+    fused: dict[str, TensorInfo] = dataclasses.field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -207,9 +238,13 @@ def plan_files(
     plans: list[TensorPlan] = []
     copies: list[str] = []
     dtypes: dict[str, torch.dtype] = {}
-    for key, info in skeleton.reader.tensors.items():
+    fused = skeleton.reader.fused(set() if config.format in PLAIN_FORMATS else set(quantized))
+    hidden = {name for name, view in skeleton.reader.views.items() if view.source in fused}
+    for key, info in (skeleton.reader.tensors | fused).items():
         if info.dtype in FLOAT_DTYPES:
             dtypes[key] = storage_dtype(config, info.dtype)
+        if key in hidden:
+            continue
         if key in quantized:
             layer = quantized[key]
             stem = key.removesuffix("weight")
@@ -219,14 +254,14 @@ def plan_files(
             shapes = layout.packed_shapes(layer.out_features, layer.in_features, size, dtype)
             plans += [tensor_plan(stem + name, dtype, shape) for name, (dtype, shape) in shapes.items()]
             continue
-        if key not in in_blocks:
+        if key not in in_blocks and key not in fused:
             copies.append(key)
         if key in dtypes:
             plans.append(tensor_plan(key, dtypes[key], info.shape))
         else:
             plans.append(TensorPlan(key, info.dtype, info.shape, info.bytes))
     unused = skeleton.unused()
-    return Files(plan_shards(plans, max_shard_bytes, unused), copies, dtypes, unused)
+    return Files(plan_shards(plans, max_shard_bytes, unused), copies, dtypes, unused, fused)
 
 
 def storage_dtype(config: QuantConfig, stored: str) -> torch.dtype:
@@ -254,12 +289,12 @@ def predict_peak(
     """
     peak = surrounding_bytes
     for block, kind in zip(blocks, kinds, strict=True):
-        linears = linears_of(block)
+        readers = readers_of(block)
         weights = sum(parameter.numel() for parameter in block.parameters())
-        squares = [linears[first].in_features ** 2 for first in kind.structure.inputs]
+        squares = [width_of(readers[first]) ** 2 for first in kind.structure.inputs]
         grams = sum(squares) + 4 * max(squares, default=0)
-        activations = batch_tokens * sum(layer.out_features + layer.in_features for layer in linears.values())
-        stacked = max((layer.weight.numel() for layer in linears.values()), default=0)
+        activations = batch_tokens * channels_at_once(block)
+        stacked = max((layer.weight.numel() for layer in linears_of(block).values()), default=0)
         peak = max(peak, 11 * weights + 4 * grams + 4 * activations + 12 * stacked)
     return peak + 2 * hidden_bytes
 

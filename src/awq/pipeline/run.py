@@ -20,12 +20,13 @@ from awq.model import Skeleton, find_blocks, open_model, pick_device
 from awq.model.fetch import load_tokenizer, resolve
 from awq.model.groups import linears_of
 from awq.model.invariance import prove
-from awq.pipeline.block import BlockResult, make_judge, measure, quantize_block, report_of
+from awq.pipeline.block import BlockResult, make_judge, quantize_block, report_of
 from awq.pipeline.discover import discover, float32_by_default, matmul_precision
 from awq.pipeline.feed import Feed
 from awq.pipeline.finish import cast, finish
 from awq.pipeline.journal import Journal, check_output, lock, open_journal, recognise, taken
 from awq.pipeline.memory import batch_tokens_for, peak_memory
+from awq.pipeline.observe import Seen, coverage_of, measure
 from awq.pipeline.preflight import (
     Files,
     KindPlan,
@@ -265,7 +266,7 @@ class _Run:
         before = dict(self.seconds)
         with self._timed("forward"):
             skeleton.load(block, name, self.device)
-            stats, outputs = self._measured(block, kind, feed, index)
+            seen = self._measured(block, kind, feed, index)
             long, single = feed.probes_at(index)
             with matmul_precision("highest"):
                 proofs = prove(block, kind.folds, lambda: long.run(block, self.device))
@@ -273,6 +274,12 @@ class _Run:
         for proof in proofs:
             if not proof.holds:
                 self.progress.note(f"{name}: folding into {proof.fold.producer} dropped ({proof.change:.1e})")
+        for owner, item in seen.coverage.items():
+            if item.starved:
+                self.progress.note(
+                    f"{name}.{owner}: {len(item.starved)} of {len(item.tokens)} experts saw too few tokens "
+                    f"(down to {min(item.tokens)}) and are judged by what all of them saw; more samples help"
+                )
         stored = {
             parameter: files.dtypes[skeleton.keys[f"{name}.{parameter}"]]
             for parameter, _ in block.named_parameters()
@@ -284,8 +291,8 @@ class _Run:
                 kind.structure,
                 [proof.fold for proof in proofs if proof.holds],
                 kind.layers,
-                stats,
-                make_judge(block, feed.at(index), outputs, self.device),
+                seen.stats,
+                make_judge(block, feed.at(index), seen.outputs, self.device),
                 self.config,
                 scale_dtype(self.config),
                 stored,
@@ -293,16 +300,19 @@ class _Run:
         if not any(error < float("inf") for error in result.errors.values()):
             raise WeightError(f"{name} gives NaN or infinity on the calibration text, quantized or not")
         with self._timed("write"):
-            writer.write(self._tensors(skeleton, name, block, result, stored))
+            writer.write(_with_fused(self._tensors(skeleton, name, block, result, stored), skeleton, files))
             skeleton.unload(block)
-            feed.hidden = outputs + behind
+            feed.hidden = seen.outputs + behind
             spent = {key: self.seconds[key] - before.get(key, 0.0) for key in ("forward", "search")}
-            report = BlockReport(name, spent, report_of(result))
+            outcome = report_of(result)
+            if seen.coverage:
+                outcome["experts"] = coverage_of(seen.coverage)
+            report = BlockReport(name, spent, outcome)
             journal.batch_tokens = feed.batch_tokens  # the hidden states are cut that way
             journal.finish_block(dataclasses.asdict(report), feed.hidden)
         self.progress.block_done(index, report)
 
-    def _measured(self, block: nn.Module, kind: KindPlan, feed: Feed, index: int) -> tuple[Any, Any]:
+    def _measured(self, block: nn.Module, kind: KindPlan, feed: Feed, index: int) -> Seen:
         """Statistics and outputs, with smaller batches whenever memory runs out."""
         while True:
             try:
@@ -350,6 +360,23 @@ class _Run:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def _with_fused(
+    tensors: Iterator[tuple[str, torch.Tensor]], skeleton: Skeleton, files: Files
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same tensors, slices of what the checkpoint keeps fused put together again."""
+    views = skeleton.reader.views
+    whole: dict[str, torch.Tensor] = {}
+    for key, tensor in tensors:
+        if key not in views or views[key].source not in files.fused:
+            yield key, tensor
+            continue
+        source = views[key].source
+        if source not in whole:
+            whole[source] = torch.empty(files.fused[source].shape, dtype=files.dtypes[source])
+        views[key].place(whole[source], tensor.cpu())
+    yield from whole.items()
 
 
 def _skipped(skeleton: Skeleton, list_name: str, kind_of_block: list[KindPlan]) -> dict[str, str]:

@@ -1,0 +1,179 @@
+"""What a block's layers see: one pass over the calibration batches, and a Gram matrix for each shared input.
+
+Experts see the tokens that are routed to them. All projections into the experts of a layer share the router's
+input, and so its statistics; each expert's way out has its own, and an expert that saw too few tokens to tell
+anything borrows those of all experts of the layer together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from awq.model.blocks import BlockCall
+from awq.model.experts import ExpertName, expert_names, only_tokens
+from awq.model.groups import Structure, readers_of, watch_inputs, width_of
+from awq.search import GramAccumulator, InputStats
+
+# Widest input whose Gram matrix is kept whole (float32: 1.7 GB); wider ones are cut in equal parts.
+_WIDEST = 20480
+# An expert needs one token for so many of its channels, and so many in any case, to be judged by its own.
+_CHANNELS_A_TOKEN, _FEWEST_TOKENS = 8, 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One batch at the block's door.
+
+    Args:
+        hidden: float32 `[batch, tokens, width]`.
+        call: the block's other arguments.
+        mask: bool `[batch, tokens]`, False at padding; None when there is none.
+    """
+
+    hidden: Tensor
+    call: BlockCall
+    mask: Tensor | None
+
+    def run(self, block: nn.Module, device: torch.device) -> Tensor:
+        """The block's output on `device`."""
+        return self.call.run(block, self.hidden.to(device))
+
+
+@dataclasses.dataclass(frozen=True)
+class Coverage:
+    """How the tokens of a layer of experts were spread.
+
+    Args:
+        tokens: for each expert, tokens that were routed to it.
+        starved: experts that saw too few, and were judged by what all experts saw.
+    """
+
+    tokens: list[int]
+    starved: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What `measure` returns.
+
+    Args:
+        stats: by the first layer of each shared input that some layer to quantize reads.
+        outputs: the block's outputs, on the devices the inputs came from.
+        coverage: by the name of each layer of experts.
+    """
+
+    stats: dict[str, InputStats]
+    outputs: list[Tensor]
+    coverage: dict[str, Coverage]
+
+
+def measure(
+    block: nn.Module,
+    structure: Structure,
+    layers: Sequence[str],
+    batches: Sequence[Batch],
+    device: torch.device,
+    group_size: int,
+) -> Seen:
+    """Run every batch through the block once, and note what the `layers` see."""
+    within = expert_names(block)
+    widths = {name: width_of(module) for name, module in readers_of(block).items()}
+    wanted = {first for first, members in structure.inputs.items() if set(members) & set(layers)}
+    sums = {
+        first: GramAccumulator(widths[first], _part_width(widths[first], group_size), device)
+        for first in wanted
+    }
+    source = _sources(structure, within)
+    outputs = []
+    for batch in batches:
+        keep = None if batch.mask is None else batch.mask.to(device)
+
+        def note(name: str, inputs: Tensor, keep: Tensor | None = keep) -> None:
+            first = source.get(name)
+            if first in sums:
+                rows = inputs.numel() // inputs.shape[-1]
+                # Experts are given no padding to begin with.
+                masked = keep is not None and keep.numel() == rows and name not in within
+                sums[first].add(inputs, keep if masked else None)
+
+        with watch_inputs(block, note), only_tokens(block, keep):
+            outputs.append(batch.run(block, device).to(batch.hidden.device))
+    stats, coverage = _pooled({first: total.finish() for first, total in sums.items()}, within)
+    return Seen(stats, outputs, coverage)
+
+
+def _sources(structure: Structure, within: dict[str, ExpertName]) -> dict[str, str]:
+    """`{layer: first layer of its input}` for the layers whose inputs are added up.
+
+    One layer of each input is enough, unless that one is an expert's: then all experts' inputs are its.
+    """
+    out = {}
+    for first, members in structure.inputs.items():
+        out[first] = first
+        if first in within:
+            place = within[first]
+            same = (name for name in members if name in within and within[name].rest == place.rest)
+            out.update(dict.fromkeys(same, first))
+    return out
+
+
+def _pooled(
+    stats: dict[str, InputStats], within: dict[str, ExpertName]
+) -> tuple[dict[str, InputStats], dict[str, Coverage]]:
+    """Statistics with those of starved experts replaced by the pool of all experts of their layer."""
+    alike: dict[tuple[str, str], dict[int, str]] = {}
+    for first in stats:
+        if first in within:
+            place = within[first]
+            alike.setdefault((place.owner, place.rest), {})[place.number] = first
+    stats, coverage = dict(stats), {}
+    for (owner, _), names in alike.items():
+        if len(names) < 2:
+            continue
+        each = [stats[names[number]] for number in sorted(names)]
+        fewest = max(_FEWEST_TOKENS, each[0].in_features // _CHANNELS_A_TOKEN)
+        starved = [number for number in sorted(names) if stats[names[number]].tokens < fewest]
+        coverage[owner] = Coverage([item.tokens for item in each], starved)
+        if starved:
+            stats.update(dict.fromkeys((names[number] for number in starved), _pool(each)))
+    return stats, coverage
+
+
+def _pool(stats: Sequence[InputStats]) -> InputStats:
+    """The statistics of all rows together."""
+    tokens = sum(item.tokens for item in stats)
+    gram, mean_abs = torch.zeros_like(stats[0].gram), torch.zeros_like(stats[0].mean_abs)
+    for item in stats:
+        gram.add_(item.gram, alpha=item.tokens / max(tokens, 1))
+        mean_abs.add_(item.mean_abs, alpha=item.tokens / max(tokens, 1))
+    return InputStats(gram, mean_abs, tokens, sum(item.dropped for item in stats))
+
+
+def coverage_of(seen: dict[str, Coverage]) -> dict[str, Any]:
+    """The entry in the report, as JSON values."""
+    return {
+        owner: {
+            "experts": len(item.tokens),
+            "fewest_tokens": min(item.tokens),
+            "median_tokens": sorted(item.tokens)[len(item.tokens) // 2],
+            "most_tokens": max(item.tokens),
+            "starved": item.starved,
+        }
+        for owner, item in seen.items()
+    }
+
+
+def _part_width(channels: int, group_size: int) -> int:
+    """Width of the parts of G: all channels where that fits, else the widest equal parts of whole groups."""
+    if channels <= _WIDEST or group_size == -1:
+        return channels
+    for parts in range(2, channels // group_size + 1):
+        width = channels // parts
+        if channels % parts == 0 and width % group_size == 0 and width <= _WIDEST:
+            return width
+    return group_size
