@@ -150,7 +150,8 @@ def test_blocks_run_one_by_one_give_the_models_hidden_states(
     expected = model(ids, attention_mask=mask.long(), output_hidden_states=True).hidden_states
     skeleton = open_model(tmp_path)
     name, blocks = find_blocks(skeleton.model)
-    (item,) = dry_pass(skeleton, name, [(ids, mask)], torch.device("cpu"))
+    inputs = {"input_ids": ids, "attention_mask": mask.long()}
+    (item,) = dry_pass(skeleton, name, [inputs], torch.device("cpu"))
     hidden = item.hidden
     torch.testing.assert_close(hidden[mask], expected[0][mask], rtol=1e-4, atol=1e-5)
     for index, block in enumerate(blocks):

@@ -6,7 +6,8 @@ Padding is on the right, where a causal model's real tokens never see it; the ma
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +23,19 @@ class Batch:
         input_ids: int64 `[batch, tokens]`, padded on the right with each sample's own last token.
         mask: bool `[batch, tokens]`, True at real tokens; None when nothing is padded.
         index: which sample each row is.
+        more: what the model is given beside them (pixels, positions, …).
     """
 
     input_ids: Tensor
     mask: Tensor | None
     index: tuple[int, ...]
+    more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the model is called with."""
+        mask = None if self.mask is None else self.mask.long()
+        return {**self.more, "input_ids": self.input_ids, "attention_mask": mask}
 
 
 def make_batches(samples: Sequence[Tensor], *, batch_tokens: int) -> list[Batch]:

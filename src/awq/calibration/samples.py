@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from awq.calibration.sources import open_source
+from awq.calibration.chats import conversation, has_media
+from awq.calibration.inputs import ModelInputs, model_inputs
+from awq.calibration.sources import Documents, open_source
 from awq.errors import CalibrationError, ConfigError, first_line
+
+Sample = Tensor | ModelInputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +31,8 @@ class CalibrationSet:
     """Samples ready to run.
 
     Args:
-        samples: int64 `[tokens]` each, 1 to `seq_len` tokens long, on the CPU.
+        samples: int64 `[tokens]` each, 1 to `seq_len` tokens long, on the CPU; or, with images, the input
+            that a processor made, which is taken whole.
         source: where they come from, for a person.
         documents: documents that gave at least one sample; 1 for a running text.
         truncated_tokens: tokens of those documents that are in no sample: cut off with `long="truncate"`, or
@@ -35,7 +40,7 @@ class CalibrationSet:
             sampled and not cut.
     """
 
-    samples: tuple[Tensor, ...]
+    samples: tuple[Sample, ...]
     source: str
     documents: int
     truncated_tokens: int = 0
@@ -46,27 +51,39 @@ class CalibrationSet:
         return sum(len(sample) for sample in self.samples)
 
     def fingerprint(self) -> str:
-        """SHA-256, in hexadecimal, over every sample's length and token ids, in order."""
+        """SHA-256, in hexadecimal, over every sample's length, token ids and images, in order."""
         digest = hashlib.sha256()
         for sample in self.samples:
+            if isinstance(sample, ModelInputs):
+                sample.add_to(digest)
+                continue
             digest.update(len(sample).to_bytes(8, "little"))
             digest.update(sample.contiguous().numpy().astype("<i8").tobytes())
         return digest.hexdigest()
 
     def describe(self) -> str:
         """One sentence for a person."""
-        longest = max(len(sample) for sample in self.samples)
+        rows = [row for sample in self.samples for row in rows_of(sample)]
+        longest = max(map(len, rows))
+        images = sum(isinstance(sample, ModelInputs) for sample in self.samples)
+        name = f"{self.source} ({_count(images, 'input')} with images)" if images else self.source
         cut = f"; {_count(self.truncated_tokens, 'token')} dropped" if self.truncated_tokens else ""
         return (
-            f"{_count(len(self.samples), 'sample')} of up to {_count(longest, 'token')}, "
-            f"{_count(self.tokens, 'token')} in all, from {self.source}{cut}"
+            f"{_count(len(rows), 'sample')} of up to {_count(longest, 'token')}, "
+            f"{_count(self.tokens, 'token')} in all, from {name}{cut}"
         )
 
 
+def rows_of(sample: Sample) -> list[Tensor]:
+    """The token ids of a sample, int64 `[tokens]` for each of its conversations."""
+    return sample.rows if isinstance(sample, ModelInputs) else [sample]
+
+
 def load_calibration(
-    source: str | Path | Sequence[Any],
+    source: str | Path | Sequence[Any] | Mapping[str, Any],
     tokenizer: Any,
     *,
+    processor: Any = None,
     samples: int = 128,
     seq_len: int = 512,
     split: str | None = None,
@@ -83,11 +100,14 @@ def load_calibration(
     starts a text as it does by default (with `<s>`, where it does that): once per document or running text,
     never again at each window.
 
+    Chats with images, and what a processor made of some, are taken whole, however many tokens they have.
+
     Args:
         source: `bundled`; a .txt, .jsonl or .json file; `pileval`, `wikitext`, or a hub data set
-            (`owner/name` or `owner/name:config`); a data set's folder; or a list of texts, of token ids, or
-            of chats (lists of `{"role", "content"}`).
+            (`owner/name` or `owner/name:config`); a data set's folder; what a processor returned, or a list
+            of such; or a list of texts, of token ids, or of chats (lists of `{"role", "content"}`).
         tokenizer: a transformers tokenizer; None will do for token ids.
+        processor: a transformers processor, for chats with images.
         samples: at most this many.
         seq_len: tokens of a sample at most.
         split: of a data set; `train` by default, `validation` for `pileval`.
@@ -107,11 +127,11 @@ def load_calibration(
     if long not in ("split", "truncate"):
         raise ConfigError(f"long={long!r} is unknown; choose split or truncate")
     documents = open_source(source, split=split, text_column=text_column, seed=seed)
-    reader = _Reader(tokenizer, documents.name, vocab_size)
-    ids = (reader.token_ids(item) for item in documents.items)
+    reader = _Reader(tokenizer, processor, documents, vocab_size)
     if documents.running_text:
-        return _of_running_text(torch.cat(list(ids)), samples, seq_len, documents.name)
-    return _of_documents(ids, samples, seq_len, long, documents.name)
+        ids = torch.cat([reader.token_ids(item) for item in documents.items])
+        return _of_running_text(ids, samples, seq_len, documents.name)
+    return _of_documents(reader.read(), samples, seq_len, long, documents.name)
 
 
 def _of_running_text(ids: Tensor, samples: int, seq_len: int, name: str) -> CalibrationSet:
@@ -126,19 +146,26 @@ def _of_running_text(ids: Tensor, samples: int, seq_len: int, name: str) -> Cali
     return CalibrationSet(tuple(window.clone() for window in windows), name, documents=1)
 
 
-def _of_documents(ids: Iterable[Tensor], samples: int, seq_len: int, long: str, name: str) -> CalibrationSet:
-    """Windows of one document after another until there are enough."""
-    found: list[Tensor] = []
-    used = dropped = 0
-    for document in ids:
+def _of_documents(
+    documents: Iterable[Sample], samples: int, seq_len: int, long: str, name: str
+) -> CalibrationSet:
+    """Windows of one document after another until there are enough; inputs with images count by rows."""
+    found: list[Sample] = []
+    used = dropped = count = 0
+    for document in documents:
         if not len(document):
             continue
-        windows = document.split(seq_len)
-        kept = windows[: 1 if long == "truncate" else samples - len(found)]
         used += 1
-        dropped += len(document) - sum(len(window) for window in kept)
-        found += [window.clone() for window in kept]
-        if len(found) == samples:
+        if isinstance(document, ModelInputs):
+            found.append(document)
+            count += len(document.input_ids)
+        else:
+            windows = document.split(seq_len)
+            kept = windows[: 1 if long == "truncate" else samples - count]
+            dropped += len(document) - sum(len(window) for window in kept)
+            found += [window.clone() for window in kept]
+            count += len(kept)
+        if count >= samples:
             break
     if not found:
         raise CalibrationError(f"{name}: no document holds any text; give some, or use `bundled`")
@@ -146,11 +173,26 @@ def _of_documents(ids: Iterable[Tensor], samples: int, seq_len: int, long: str, 
 
 
 class _Reader:
-    """Turns one document, whatever its kind, into token ids."""
+    """Turns documents, whatever their kind, into token ids and inputs with images."""
 
-    def __init__(self, tokenizer: Any, name: str, vocab_size: int | None) -> None:
-        self._tokenizer, self._name = tokenizer, name
-        self._vocab_size = vocab_size
+    def __init__(self, tokenizer: Any, processor: Any, documents: Documents, vocab_size: int | None) -> None:
+        self._tokenizer, self._processor, self._documents = tokenizer, processor, documents
+        self._name, self._vocab_size = documents.name, vocab_size
+
+    def read(self) -> Iterator[Sample]:
+        """All documents; one that a tokenizer or a processor has read already may stand for several."""
+        for number, item in enumerate(self._documents.items, start=1):
+            if isinstance(item, Mapping):
+                made = model_inputs(item, f"{self._name}, number {number}")
+            elif _all_of(item, dict) and has_media(item):
+                made = self._conversation(item, number)
+            else:
+                yield self.token_ids(item)
+                continue
+            if made.is_text:
+                yield from map(self._checked, made.rows)
+            else:
+                yield made
 
     def token_ids(self, item: Any) -> Tensor:
         """One document's tokens, int64 `[tokens]`; none for a blank text."""
@@ -161,9 +203,15 @@ class _Reader:
         if _all_of(item, dict):
             return self._chat(item)
         raise CalibrationError(
-            f"{self._name}: a document cannot be {_kind(item)}; give texts, lists of token ids, or lists of "
-            'chat messages ({"role": …, "content": …})'
+            f"{self._name}: a document cannot be {_kind(item)}; give texts, lists of token ids, lists of "
+            'chat messages ({"role": …, "content": …}), or what a processor returns'
         )
+
+    def _conversation(self, messages: Any, number: int) -> ModelInputs:
+        if self._processor is None:
+            raise ConfigError(f"{self._name} holds images, which need the model's processor")
+        where = f"{self._name}, number {number}"
+        return conversation(messages, self._processor, self._documents.folder, where)
 
     def _tokenize(self, text: str, add_special_tokens: bool) -> Tensor:
         if not text.strip():

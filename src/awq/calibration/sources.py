@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,15 @@ class Documents:
 
     Args:
         name: for messages.
-        items: texts, token ids or chats, one document each, read lazily.
+        items: texts, token ids, chats or model inputs, one document each, read lazily.
         running_text: the items are one long text.
+        folder: where relative paths of images begin; the current folder by default.
     """
 
     name: str
     items: Iterable[Any]
     running_text: bool = False
+    folder: Path | None = None
 
 
 def open_source(
@@ -54,6 +56,8 @@ def open_source(
     """
     if isinstance(source, (str, Path)):
         return _open_name(str(source), split, text_column, seed)
+    if isinstance(source, Mapping) and "input_ids" in source:
+        return Documents("the given inputs", [source])
     if isinstance(source, Sequence):
         if not len(source):
             raise CalibrationError("the list of calibration documents is empty; give some, or use `bundled`")
@@ -116,9 +120,9 @@ def _open_file(path: Path, text_column: str) -> Documents:
     if not path.is_file():
         raise MissingFileError(f"text file {path} does not exist")
     if path.suffix == ".jsonl":
-        return Documents(str(path), _jsonl(path, text_column))
+        return Documents(str(path), _jsonl(path, text_column), folder=path.parent)
     if path.suffix == ".json":
-        return Documents(str(path), _json(path, text_column))
+        return Documents(str(path), _json(path, text_column), folder=path.parent)
     if path.suffix not in _RUNNING_TEXT:
         raise CalibrationError(f"{path}: {path.suffix} files are not read; give a .txt, .jsonl or .json file")
     text = _decode(path.read_bytes(), str(path))

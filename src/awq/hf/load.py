@@ -13,6 +13,7 @@ from awq.formats.detect import method_of
 from awq.hf.differences import told
 from awq.hf.registration import register
 from awq.kernels import kernel_names
+from awq.model.classes import auto_class
 from awq.model.fetch import resolve
 from awq.model.quantized import quantization_entry
 from awq.model.weights import CheckpointReader, read_json
@@ -110,14 +111,12 @@ def _entry(folder: Path) -> dict[str, Any]:
 
 def _class_and_config(folder: Path, trust_remote_code: bool, kernel: str | None) -> tuple[Any, Any]:
     """The class of transformers that makes a generating model of this folder, and its configuration."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     backend = {"backend": kernel} if kernel else {}
     config.quantization_config = {"quant_method": "awq", **_entry(folder), **backend}
-    if type(config) in AutoModelForImageTextToText._model_mapping:
-        return AutoModelForImageTextToText, config
-    return AutoModelForCausalLM, config
+    return auto_class(config, trust_remote_code), config
 
 
 def _raise_on_differences(folder: Path, info: dict[str, Any], unused: set[str]) -> None:

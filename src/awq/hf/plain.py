@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from awq.errors import LoadError
+from awq.model.classes import auto_class
 from awq.model.weights import CheckpointReader
 
 
@@ -20,11 +21,14 @@ def load_float(folder: Path, **kwargs: Any) -> Any:
         MissingFileError, CorruptFileError: files are missing or damaged.
         LoadError: transformers cannot load it, or a weight is missing.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     CheckpointReader(folder)
+    trust = kwargs.get("trust_remote_code", False)
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)
+        config = kwargs.get("config") or AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+        maker = auto_class(config, trust)
+        loaded, info = maker.from_pretrained(folder, output_loading_info=True, **kwargs)
     except (ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
         raise LoadError(f"transformers cannot load {folder}: {error}") from error
     if info["missing_keys"]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from awq.auto_model import AWQModel
-from awq.calibration import load_calibration
+from awq.calibration import load_calibration, rows_of
 from awq.errors import CalibrationError, ConfigError, MissingDependencyError
 from awq.evaluate import perplexity
 from awq.formats import gemm
@@ -85,7 +85,7 @@ def get_calib_dataset(
         split=None if data == "pileval" else split,
         text_column=text_column,
     )
-    return [sample.unsqueeze(0) for sample in found.samples]
+    return [row.unsqueeze(0) for sample in found.samples for row in rows_of(sample)]
 
 
 def evaluate_perplexity(model: Any, tokenizer: Any) -> float:

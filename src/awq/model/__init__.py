@@ -1,6 +1,8 @@
 """What a model looks like: skeleton, weights on disk, blocks, and the folds that leave it unchanged."""
 
-from awq.model.blocks import BlockCall, DryPass, dry_pass, find_blocks, hidden_of, kind_of
+from awq.model.blocks import BlockCall, decoder_of, find_blocks, hidden_of, kind_of
+from awq.model.classes import auto_class
+from awq.model.dry import DryPass, dry_pass
 from awq.model.placement import pick_device, place
 from awq.model.skeleton import Skeleton, open_model
 from awq.model.weights import CheckpointReader, TensorInfo, read_json
@@ -11,6 +13,8 @@ __all__ = [
     "DryPass",
     "Skeleton",
     "TensorInfo",
+    "auto_class",
+    "decoder_of",
     "dry_pass",
     "find_blocks",
     "hidden_of",

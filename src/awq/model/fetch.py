@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from awq.errors import LoadError, MissingFileError, first_line
+from awq.errors import LoadError, MissingDependencyError, MissingFileError, first_line
 
 # What a model consists of here; pickled and foreign weights are not fetched.
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*"]
@@ -57,3 +57,29 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
             f"{folder} has no tokenizer that can be loaded: {reason}; put the original model's "
             "tokenizer files there, or give token ids instead of text"
         ) from error
+
+
+def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The processor of a model folder: what turns images and text into the model's inputs.
+
+    Raises:
+        MissingDependencyError: it needs a package that is not installed.
+        LoadError: there is none that can be loaded.
+    """
+    from transformers import AutoProcessor, ProcessorMixin
+
+    try:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except ImportError as error:
+        reason = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        raise MissingDependencyError(f"the processor of {folder} needs more: {reason}") from error
+    except Exception as error:  # processors raise many kinds
+        raise LoadError(
+            f"{folder} has no processor that can be loaded: {first_line(error).rstrip('.')}; put the "
+            "original model's there (processor_config.json, preprocessor_config.json, chat_template.*)"
+        ) from error
+    if not isinstance(processor, ProcessorMixin):
+        raise LoadError(
+            f"{folder} has no processor for images (processor_config.json or preprocessor_config.json)"
+        )
+    return processor

@@ -15,22 +15,31 @@ from torch import Tensor
 from awq.errors import ConfigError
 
 
-def place(value: Any, device: torch.device, _moved: dict[int, Tensor] | None = None) -> Any:
+def place(value: Any, device: torch.device, moved: dict[int, Any] | None = None) -> Any:
     """`value` with every tensor inside it on `device`, whatever the nesting; other values unchanged.
 
-    A tensor that occurs twice is moved once, and stays one tensor.
+    Dictionaries and lists are copied. What occurs twice is moved once, and stays one thing.
+
+    Args:
+        value: anything.
+        device: where its tensors go.
+        moved: filled with what each tensor, dictionary and list became, by the `id` of the original.
     """
-    moved = {} if _moved is None else _moved
+    moved = {} if moved is None else moved
+    if id(value) in moved:
+        return moved[id(value)]
     if isinstance(value, Tensor):
-        return moved.setdefault(id(value), value.to(device))
-    if isinstance(value, Mapping):
-        items = {key: place(item, device, moved) for key, item in value.items()}
-        return type(value)(items)  # type: ignore[call-arg]
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        out: Any = value.to(device)
+    elif isinstance(value, Mapping):
+        out = type(value)({key: place(item, device, moved) for key, item in value.items()})  # type: ignore[call-arg]
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(place(item, device, moved) for item in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(place(item, device, moved) for item in value)
-    return value
+    elif isinstance(value, (list, tuple)):
+        out = type(value)(place(item, device, moved) for item in value)
+    else:
+        return value
+    moved[id(value)] = out
+    return out
 
 
 def pick_device(name: str) -> torch.device:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from awq.errors import AlreadyQuantizedError, CorruptFileError, StructureError
+from awq.model.classes import auto_class
 from awq.model.names import match_names
 from awq.model.unfuse import unfuse
 from awq.model.weights import FLOAT_DTYPES, CheckpointReader, read_json
@@ -47,6 +48,18 @@ class Skeleton:
         """Rows of the input embeddings: token ids must be below it."""
         embeddings: Any = self.model.get_input_embeddings
         return int(embeddings().weight.shape[0])
+
+    @property
+    def placeholders(self) -> Tensor:
+        """Ids of the tokens that stand for images, sounds and the like, int64 `[n]`."""
+        named = {
+            value
+            for name, value in self.config.to_dict().items()
+            if name.endswith(("_token_id", "_token_index")) and isinstance(value, int)
+        }
+        text = self.config.get_text_config()
+        plain = {getattr(text, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "sep")}
+        return torch.tensor(sorted(named - plain), dtype=torch.long)
 
     def unused(self) -> list[str]:
         """Checkpoint keys of tensors that the model class has no place for (MTP heads and the like)."""
@@ -130,16 +143,21 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> Skeleton:
 
 def _build(folder: Path, trust_remote_code: bool) -> tuple[Any, nn.Module]:
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        maker = auto_class(config, trust_remote_code)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
+            model = maker.from_config(
                 copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code
             )
     except Exception as error:  # configuration and modelling code, anything may come
         raise StructureError(f"transformers cannot build the model in {folder}: {error}") from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise StructureError(
+            f"{folder} is an encoder with a decoder ({type(model).__name__}); only decoders are quantized"
+        )
     model.eval()
     return config, model
 

@@ -35,6 +35,8 @@ def discover(
         config: what to quantize to.
         device: where the probes run.
     """
+    if feed.shares_state:
+        _run_through(skeleton, list_name, blocks, feed, device)
     kinds: list[KindPlan] = []
     kind_of_block: dict[int, KindPlan] = {}
     named = [_named(skeleton, f"{list_name}.{i}", block, config) for i, block in enumerate(blocks)]
@@ -55,6 +57,19 @@ def discover(
         kinds.append(kind)
         kind_of_block.update(dict.fromkeys(members, kind))
     return kinds, [kind_of_block[i] for i in range(len(blocks))]
+
+
+def _run_through(
+    skeleton: Skeleton, list_name: str, blocks: list[nn.Module], feed: Feed, device: torch.device
+) -> None:
+    """Take the probes through all blocks, where blocks need what earlier ones hand to them."""
+    hidden = [probe.hidden for probe in feed.probes_at(0)]
+    for index, block in enumerate(blocks):
+        skeleton.load(block, f"{list_name}.{index}", device)
+        calls = [probe.call for probe in feed.probes_at(index)]
+        states = zip(calls, hidden, strict=True)
+        hidden = [call.run(block, state.to(device), keep=True).cpu() for call, state in states]
+        skeleton.unload(block)
 
 
 def _named(skeleton: Skeleton, name: str, block: nn.Module, config: QuantConfig) -> frozenset[str]:
@@ -87,6 +102,8 @@ def structure_of(folder: Path, config: QuantConfig, trust_remote_code: bool = Fa
     list_name, blocks = find_blocks(skeleton.model)
     device = torch.device("cpu")
     ids = torch.randint(0, skeleton.vocabulary, (64,), generator=torch.Generator().manual_seed(0))
+    # Tokens that stand for images mean nothing without them.
+    ids = ids[~torch.isin(ids, skeleton.placeholders)]
     feed = Feed(skeleton, list_name, [ids], len(ids), device)
     kinds, kind_of_block = discover(skeleton, list_name, blocks, feed, config, device)
     return {

@@ -1,23 +1,28 @@
 """The calibration samples on their way through the blocks: batches, their calls, their hidden states.
 
-Two small probes travel along, as further batches: a few longer inputs that prove folds, and a batch of single
+Two small probes travel along, as further batches: a longer input that proves folds, and a batch of single
 tokens that discovers them. They count in no statistic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from awq.calibration import Batch as TokenBatch
-from awq.calibration import make_batches
+from awq.calibration import ModelInputs, Sample, make_batches, rows_of
 from awq.errors import StructureError
 from awq.model import Skeleton, dry_pass
+from awq.model.blocks import entries_of, write_entry
 from awq.pipeline.observe import Batch
 
 _PROBE_ROWS, _PROBE_TOKENS, _SINGLE_TOKENS = 2, 24, 16
+# An input with images is the long probe if it has no more tokens than this.
+_MOST_PROBE_TOKENS = 4096
 
 
 class Feed:
@@ -26,8 +31,8 @@ class Feed:
     Args:
         skeleton: the opened model.
         list_name: its list of blocks.
-        samples: int64 `[tokens]` each.
-        batch_tokens: most tokens of a batch, padding counted.
+        samples: int64 `[tokens]` each, or inputs with images.
+        batch_tokens: most tokens of a batch, padding counted; inputs with images are batches as they are.
         device: where the embeddings run.
     """
 
@@ -35,21 +40,34 @@ class Feed:
         self,
         skeleton: Skeleton,
         list_name: str,
-        samples: Sequence[Tensor],
+        samples: Sequence[Sample],
         batch_tokens: int,
         device: torch.device,
     ) -> None:
         self._skeleton, self._list_name, self._device = skeleton, list_name, device
-        self._samples = samples
+        self._texts = [sample for sample in samples if isinstance(sample, Tensor)]
+        self._given = [_batch_of(sample) for sample in samples if isinstance(sample, ModelInputs)]
+        self._probes = probes(samples, skeleton.placeholders)
         self.batch_tokens = batch_tokens
         self._prepare()
         self.hidden = [item.hidden for item in self._passes]
 
     def _prepare(self) -> None:
-        self._token_batches: list[TokenBatch] = make_batches(self._samples, batch_tokens=self.batch_tokens)
-        inputs = [(batch.input_ids, batch.mask) for batch in self._token_batches]
-        inputs += [(ids, None) for ids in probes(self._samples)]
-        self._passes = dry_pass(self._skeleton, self._list_name, inputs, self._device)
+        made = make_batches(self._texts, batch_tokens=self.batch_tokens)
+        self._token_batches: list[TokenBatch] = [*made, *self._given]
+        inputs = [batch.inputs for batch in self._token_batches]
+        self._passes = dry_pass(self._skeleton, self._list_name, [*inputs, *self._probes], self._device)
+        self._given_to_blocks = {number: entries_of(holder) for number, holder in self._holders()}
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the dry pass needs more than the text decoder."""
+        return bool(self._given)
+
+    @property
+    def shares_state(self) -> bool:
+        """Whether blocks may hand things to later ones, beside the hidden states."""
+        return any(item.shares_state for item in self._passes)
 
     def at(self, block: int) -> list[Batch]:
         """The calibration batches in front of a block."""
@@ -71,33 +89,111 @@ class Feed:
         """Halve the batches after memory ran out; the hidden states are cut and joined accordingly.
 
         Raises:
-            StructureError: a single sample is too much already.
+            StructureError: nothing can be halved any more.
         """
-        longest = max(len(sample) for sample in self._samples)
-        if self.batch_tokens <= longest:
+        longest = max((len(sample) for sample in self._texts), default=0)
+        if self.shares_state:
             raise StructureError(
-                f"one sample of {longest} tokens does not fit in memory; use a smaller --seq-len"
+                f"batches of {self.batch_tokens} tokens do not fit in memory, and this model's blocks share "
+                "state, which cannot be cut: start again with a smaller --batch-tokens"
             )
+        if self.batch_tokens <= longest or not self._texts:
+            what = "one input with images" if self._given else f"one sample of {longest} tokens"
+            raise StructureError(f"{what} does not fit in memory; use a smaller --seq-len or smaller images")
+        count = len(self._token_batches) - len(self._given)
         rows = {
-            index: hidden[row, : len(self._samples[index])]
-            for batch, hidden in zip(self._token_batches, self.hidden, strict=False)
+            index: hidden[row, : len(self._texts[index])]
+            for batch, hidden in zip(self._token_batches[:count], self.hidden, strict=False)
             for row, index in enumerate(batch.index)
         }
-        probe_states = self.hidden[-2:]
+        others = self.hidden[count:]
         self.batch_tokens = max(longest, self.batch_tokens // 2)
         self._prepare()
         joined = [
             torch.nn.utils.rnn.pad_sequence([rows[index] for index in batch.index], batch_first=True)
             for batch in self._token_batches
+            if batch.index
         ]
-        self.hidden = joined + probe_states
+        self.hidden = joined + others
+
+    def state(self) -> dict[str, Tensor]:
+        """What blocks have handed to later ones, by names that `restore` understands.
+
+        Raises:
+            StructureError: it is not made of tensors.
+        """
+        out: dict[str, Tensor] = {}
+        for number, holder in self._holders():
+            given = self._given_to_blocks[number]
+            for key, value in entries_of(holder).items():
+                if key in given and given[key] is value:
+                    continue  # the model's own, which the next dry pass gives again
+                parts = [value] if isinstance(value, Tensor) else value
+                if not isinstance(parts, (tuple, list)) or not all(isinstance(p, Tensor) for p in parts):
+                    raise StructureError(f"blocks share {key!r}, which is no tensor and cannot be kept")
+                for place, part in enumerate(parts):
+                    alone = isinstance(value, Tensor)
+                    out[json.dumps([number, key, None if alone else place])] = part
+        return out
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state` returned in an earlier run."""
+        holders = dict(self._holders())
+        found: dict[tuple[int, Any], dict[int | None, Tensor]] = {}
+        for name, tensor in state.items():
+            number, key, place = json.loads(name)
+            found.setdefault((number, key), {})[place] = tensor
+        for (number, key), parts in sorted(found.items(), key=str):
+            value = parts[None] if None in parts else tuple(parts[place] for place in range(len(parts)))
+            write_entry(holders[number], key, value)
+
+    def _holders(self) -> Iterator[tuple[int, Any]]:
+        """What several blocks of a batch are given, numbered in a fixed order."""
+        seen: set[int] = set()
+        number = 0
+        for item in self._passes:
+            if not item.shares_state:
+                continue
+            for call in item.calls:
+                for holder in call.holders():
+                    if id(holder) not in seen:
+                        seen.add(id(holder))
+                        yield number, holder
+                        number += 1
 
 
-def probes(samples: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Token ids of the two probes, from the longest sample: `[2, up to 24]` and `[16, 1]`."""
-    longest = max(samples, key=len)
-    length = max(1, min(_PROBE_TOKENS, len(longest) // _PROBE_ROWS))
-    rows = longest[: _PROBE_ROWS * length] if len(longest) >= _PROBE_ROWS else longest.repeat(_PROBE_ROWS)
-    everything = torch.cat(list(samples))
+def _batch_of(given: ModelInputs) -> TokenBatch:
+    more = {
+        name: value for name, value in given.values.items() if name not in ("input_ids", "attention_mask")
+    }
+    return TokenBatch(given.input_ids, given.mask, (), more)
+
+
+def probes(samples: Sequence[Sample], placeholders: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The two probes: what the model is called with for each.
+
+    The long one is the smallest input with images, so that folds are proved for them too, or `[2, up to 24]`
+    tokens of the longest sample; the other one `[16, 1]` tokens of text from everywhere.
+    """
+    rows = [row for sample in samples for row in _text_rows(sample, placeholders)]
+    longest = max(rows, key=len)
+    everything = torch.cat(rows)
     places = torch.linspace(0, len(everything) - 1, _SINGLE_TOKENS).long()
-    return rows.view(_PROBE_ROWS, length), everything[places].unsqueeze(1)
+    single = {"input_ids": everything[places].unsqueeze(1)}
+    images = [_batch_of(sample) for sample in samples if isinstance(sample, ModelInputs)]
+    images = [
+        batch for batch in images if batch.mask is None and batch.input_ids.numel() <= _MOST_PROBE_TOKENS
+    ]
+    if images:
+        return min(images, key=lambda batch: batch.input_ids.numel()).inputs, single
+    length = max(1, min(_PROBE_TOKENS, len(longest) // _PROBE_ROWS))
+    whole = longest[: _PROBE_ROWS * length] if len(longest) >= _PROBE_ROWS else longest.repeat(_PROBE_ROWS)
+    return {"input_ids": whole.view(_PROBE_ROWS, length)}, single
+
+
+def _text_rows(sample: Sample, placeholders: Tensor) -> list[Tensor]:
+    """A sample's token ids, without those that stand for images in an input that has some."""
+    if isinstance(sample, Tensor):
+        return [sample]
+    rows = [ids[~torch.isin(ids, placeholders)] for ids in rows_of(sample)]
+    return [row for row in rows if len(row)] or rows_of(sample)

@@ -14,7 +14,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from awq.pipeline.writer import disk_errors, write_json
 
 WORK_FOLDER = ".awq-unfinished"
 _JOURNAL, _LOCK = "journal.json", "lock"
+# Begins the names of what is no hidden state in the file of those.
+_STATE = "state "
 # Fields of a journal that are on disk.
 _SAVED = ("settings", "batch_tokens", "threads", "blocks", "complete")
 # Bytes read at each of the places where a weight file is sampled to recognise it.
@@ -64,20 +66,31 @@ class Journal:
         value = {field: getattr(self, field) for field in _SAVED}
         write_json(self.work / _JOURNAL, value)
 
-    def finish_block(self, report: dict[str, Any], hidden: list[Tensor]) -> None:
-        """Note a block whose tensors are on disk, and the hidden states behind it."""
+    def finish_block(
+        self, report: dict[str, Any], hidden: list[Tensor], state: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Note a block whose tensors are on disk, and what stands behind it.
+
+        Args:
+            report: the block's.
+            hidden: hidden states, batch by batch.
+            state: what blocks have handed to later ones beside them, by name.
+        """
         done = len(self.blocks) + 1
         path = self._hidden(done)
         temporary = path.with_suffix(".tmp")
         with disk_errors(path):
-            save_file({f"{i:06d}": tensor.cpu().contiguous() for i, tensor in enumerate(hidden)}, temporary)
+            tensors = {f"{i:06d}": tensor for i, tensor in enumerate(hidden)}
+            # Copies: blocks may share one tensor, and the library refuses two names for the same memory.
+            tensors |= {f"{_STATE}{name}": tensor.clone() for name, tensor in (state or {}).items()}
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
             os.replace(temporary, path)
         self.blocks.append(report)
         self.save()
         self._hidden(done - 1).unlink(missing_ok=True)
 
-    def hidden(self) -> list[Tensor]:
-        """The hidden states behind the last block done, batch by batch, on the CPU.
+    def behind(self) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The hidden states behind the last block done, batch by batch, and the state; on the CPU.
 
         Raises:
             ResumeError: their file is gone or damaged.
@@ -87,7 +100,8 @@ class Journal:
             tensors = load_file(path)
         except Exception as error:
             raise ResumeError(f"{path} cannot be read ({error}); start over with overwrite") from error
-        return [tensors[name] for name in sorted(tensors)]
+        hidden = [tensors[name] for name in sorted(tensors) if not name.startswith(_STATE)]
+        return hidden, {n.removeprefix(_STATE): t for n, t in tensors.items() if n.startswith(_STATE)}
 
     def close(self) -> None:
         """Forget a finished run. The journal goes last: until then the run can be finished again."""

@@ -39,9 +39,9 @@ class Batch:
     call: BlockCall
     mask: Tensor | None
 
-    def run(self, block: nn.Module, device: torch.device) -> Tensor:
-        """The block's output on `device`."""
-        return self.call.run(block, self.hidden.to(device))
+    def run(self, block: nn.Module, device: torch.device, keep: bool = False) -> Tensor:
+        """The block's output on `device`; `keep` what it writes for later blocks, or forget it."""
+        return self.call.run(block, self.hidden.to(device), keep)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ def measure(
                 sums[first].add(inputs, keep if masked else None)
 
         with watch_inputs(block, note), only_tokens(block, keep):
-            outputs.append(batch.run(block, device).to(batch.hidden.device))
+            outputs.append(batch.run(block, device, keep=True).to(batch.hidden.device))
     stats, coverage = _pooled({first: total.finish() for first, total in sums.items()}, within)
     return Seen(stats, outputs, coverage)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from awq.config import QuantConfig
 from awq.errors import ConfigError, OutputExistsError, WeightError
 from awq.formats import get_format
 from awq.model import Skeleton, find_blocks, open_model, pick_device
-from awq.model.fetch import load_tokenizer, resolve
+from awq.model.fetch import load_processor, load_tokenizer, resolve
 from awq.model.groups import linears_of
 from awq.model.invariance import prove
 from awq.pipeline.block import BlockResult, make_judge, quantize_block, report_of
@@ -37,6 +37,7 @@ from awq.pipeline.preflight import (
     scale_dtype,
 )
 from awq.pipeline.report import BlockReport, Plan, Progress, Report, Silent
+from awq.pipeline.skipped import left_float, not_converted
 from awq.pipeline.writer import DEFAULT_SHARD_BYTES, ShardWriter
 from awq.weight import QuantizedWeight
 
@@ -70,12 +71,13 @@ def quantize(
         model: a folder with safetensors weights, or a hub name.
         out: the folder to make.
         config: what to quantize to; 4 bits in groups of 128 by default.
-        calib: calibration text: `bundled`, a text or jsonl file, `pileval`, `wikitext`, a hub data set, or a
-            list of texts, of token ids, or of chat messages.
+        calib: calibration text: `bundled`, a text or jsonl file, `pileval`, `wikitext`, a hub data set, a
+            list of texts, of token ids, or of chat messages (with images, for models that take some), or what
+            the model's processor returned: one such input, or a list of them.
         samples: calibration samples.
         seq_len: tokens of a sample at most.
         split, text_column: of a data set.
-        tokenizer: used on the text; the model's own by default.
+        tokenizer: used on the text; the model's own by default. A processor serves for both.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, …
         batch_tokens: tokens of a batch; from the free memory by default.
         max_shard_bytes: size of an output file at most.
@@ -86,6 +88,8 @@ def quantize(
     Raises:
         AwqError: see `awq.errors`; all but a full disk is found before any work is done.
     """
+    from transformers import ProcessorMixin
+
     started = time.perf_counter()
     for name, value in (("batch_tokens", batch_tokens), ("max_shard_bytes", max_shard_bytes)):
         if value is not None and value < 1:
@@ -101,9 +105,13 @@ def quantize(
     if run.out.resolve() == run.folder.resolve():
         raise OutputExistsError(f"the output folder is the model's own ({run.folder}); choose another one")
     skeleton = open_model(run.folder, trust_remote_code)
+    processor = None
+    if isinstance(tokenizer, ProcessorMixin):
+        processor, tokenizer = tokenizer, tokenizer.tokenizer
     calibration = load_calibration(
         calib,
-        tokenizer or _Tokenizer(run.folder, trust_remote_code),
+        tokenizer or _Lazily(load_tokenizer, run.folder, trust_remote_code),
+        processor=processor or _Lazily(load_processor, run.folder, trust_remote_code),
         samples=samples,
         seq_len=seq_len,
         split=split,
@@ -118,16 +126,16 @@ def quantize(
         torch.set_num_threads(threads)
 
 
-class _Tokenizer:
-    """The model's own tokenizer, loaded when text has to be tokenized: token ids need none."""
+class _Lazily:
+    """The model's own tokenizer or processor, loaded when it has work to do: token ids need none."""
 
-    def __init__(self, folder: Path, trust_remote_code: bool) -> None:
-        self._folder, self._trust = folder, trust_remote_code
+    def __init__(self, load: Callable[[Path, bool], Any], folder: Path, trust_remote_code: bool) -> None:
+        self._load, self._folder, self._trust = load, folder, trust_remote_code
         self._loaded: Any = None
 
     def _get(self) -> Any:
         if self._loaded is None:
-            self._loaded = load_tokenizer(self._folder, self._trust)
+            self._loaded = self._load(self._folder, self._trust)
         return self._loaded
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -178,7 +186,7 @@ class _Run:
             for name in kind_of_block[i].layers
         }
         files = plan_files(skeleton, list_name, quantized, self.config, max_shard_bytes)
-        skipped = _skipped(skeleton, list_name, kind_of_block)
+        skipped = left_float(skeleton, list_name, kind_of_block)
         hidden_bytes = sum(tensor.nbytes for tensor in feed.hidden)
         check_disk(self.out, files.bytes + 2 * hidden_bytes - taken(self.out))
         with lock(self.out):
@@ -201,7 +209,7 @@ class _Run:
                     blocks,
                     kind_of_block,
                     feed.batch_tokens,
-                    _surrounding_bytes(skeleton),
+                    _surrounding_bytes(skeleton, list_name, feed.has_images),
                     hidden_bytes,
                 ),
                 device=str(self.device),
@@ -213,7 +221,8 @@ class _Run:
                 first, count = files.unused[0], len(files.unused)
                 self.progress.note(f"{count} tensors the model does not use are carried over ({first} …)")
             if journal.resumed and len(journal.blocks) < len(blocks):
-                feed.hidden = journal.hidden()
+                feed.hidden, state = journal.behind()
+                feed.restore(state)
             self.seconds["prepare"] = time.perf_counter() - self.started
             with matmul_precision("high" if self.device.type == "cuda" else "highest"):
                 for index in range(len(journal.blocks), len(blocks)):
@@ -225,7 +234,8 @@ class _Run:
                 ]
                 self.seconds["total"] = time.perf_counter() - self.started
                 report = Report(plan, self.config.to_dict(), reports, self.seconds, peak_memory(self.device))
-                finish(skeleton, files, writer, journal, self.out, self.config, sorted(skipped), report)
+                named = not_converted(skeleton, skipped, plan.quantized)
+                finish(skeleton, files, writer, journal, self.out, self.config, named, report)
                 journal.close()
         self.seconds["total"] = time.perf_counter() - self.started
         return report
@@ -270,7 +280,7 @@ class _Run:
             long, single = feed.probes_at(index)
             with matmul_precision("highest"):
                 proofs = prove(block, kind.folds, lambda: long.run(block, self.device))
-            behind = [probe.run(block, self.device).to(probe.hidden.device) for probe in (long, single)]
+            behind = [p.run(block, self.device, keep=True).to(p.hidden.device) for p in (long, single)]
         for proof in proofs:
             if not proof.holds:
                 self.progress.note(f"{name}: folding into {proof.fold.producer} dropped ({proof.change:.1e})")
@@ -309,7 +319,7 @@ class _Run:
                 outcome["experts"] = coverage_of(seen.coverage)
             report = BlockReport(name, spent, outcome)
             journal.batch_tokens = feed.batch_tokens  # the hidden states are cut that way
-            journal.finish_block(dataclasses.asdict(report), feed.hidden)
+            journal.finish_block(dataclasses.asdict(report), feed.hidden, feed.state())
         self.progress.block_done(index, report)
 
     def _measured(self, block: nn.Module, kind: KindPlan, feed: Feed, index: int) -> Seen:
@@ -379,24 +389,13 @@ def _with_fused(
     yield from whole.items()
 
 
-def _skipped(skeleton: Skeleton, list_name: str, kind_of_block: list[KindPlan]) -> dict[str, str]:
-    """Every linear layer left float, under its checkpoint name, with the reason."""
-    out = {}
-    for i, kind in enumerate(kind_of_block):
-        for layer, reason in kind.skipped.items():
-            key = skeleton.keys[f"{list_name}.{i}.{layer}.weight"]
-            out[key.removesuffix(".weight")] = reason
-    tied = getattr(skeleton.model, "all_tied_weights_keys", {})
-    for name, module in skeleton.model.named_modules():
-        weight = f"{name}.weight"
-        outside = isinstance(module, nn.Linear) and not name.startswith(f"{list_name}.")
-        # A tied head has no weight of its own in the checkpoint.
-        if outside and weight in skeleton.keys and weight not in tied:
-            out[skeleton.keys[weight].removesuffix(".weight")] = "outside the decoder blocks"
-    return out
-
-
-def _surrounding_bytes(skeleton: Skeleton) -> int:
-    """Bytes of the embeddings as float32, the largest thing outside the blocks that is ever loaded."""
+def _surrounding_bytes(skeleton: Skeleton, list_name: str, images: bool) -> int:
+    """Bytes as float32 of what is loaded outside the blocks: the embeddings; for images all but the head."""
     embeddings: Any = skeleton.model.get_input_embeddings
-    return 4 * sum(parameter.numel() for parameter in embeddings().parameters())
+    if not images:
+        return 4 * sum(parameter.numel() for parameter in embeddings().parameters())
+    model: Any = skeleton.model
+    head = model.get_output_embeddings()
+    inside = {id(parameter) for parameter in model.get_submodule(list_name).parameters()}
+    inside |= {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    return 4 * sum(p.numel() for p in model.parameters() if id(p) not in inside)
