@@ -22,7 +22,7 @@ from awq.errors import AlreadyQuantizedError, ConfigError, DiskFullError
 from awq.hf import is_awq, load_float, load_quantized
 from awq.legacy.arguments import answer, check_filename, check_quantizer, read_settings, take_version
 from awq.legacy.config import AwqConfig
-from awq.model.fetch import resolve
+from awq.model.fetch import load_processor, resolve
 from awq.model.weights import CheckpointReader, read_json
 from awq.pipeline import Report, publish, quantize
 from awq.pipeline.convert import convert
@@ -165,9 +165,7 @@ class AWQModel:
             (folder / name).exists() for name in ("processor_config.json", "preprocessor_config.json")
         ):
             return None
-        from transformers import AutoProcessor
-
-        return AutoProcessor.from_pretrained(folder, trust_remote_code=self._trust)
+        return load_processor(folder, self._trust)
 
     @property
     def quant_config(self) -> AwqConfig:
@@ -199,7 +197,7 @@ class AWQModel:
         The result waits in the system's temporary folder (`TMPDIR`) until `save_quantized` moves it.
 
         Args:
-            tokenizer: the model's own by default.
+            tokenizer: the model's own by default; a processor serves too.
             quant_config: a `QuantConfig`, or AutoAWQ's dictionary (`w_bit`, `q_group_size`, `zero_point`,
                 `version`, `modules_to_not_convert`).
             calib_data: as `awq.quantize` takes `calib`; AutoAWQ's default needs the network.
@@ -211,7 +209,8 @@ class AWQModel:
             max_calib_samples, max_calib_seq_len: calibration samples, and tokens of each at most; longer
                 texts are cut in windows, where AutoAWQ left them out.
             max_chunk_memory: without effect.
-            quantizer_cls: must be AutoAWQ's own class: the search cannot be replaced by a derived one.
+            quantizer_cls: must be AutoAWQ's own class, or a derived one that only has `init_quant`, which
+                is not called: the search cannot be replaced.
             **kwargs: `modules_to_not_convert`, and further arguments of `awq.quantize` (`device`, `progress`,
                 `max_shard_bytes`, …).
 

@@ -326,7 +326,7 @@ def gemma4(folder: Path) -> Path:
             "hidden_size_per_layer_input": 32,
             "vocab_size_per_layer_input": VOCABULARY,
         },
-        vision_config={**TOWER, "head_dim": 16},
+        vision_config={**TOWER, "head_dim": 16, "num_key_value_heads": 2},
         audio_config=None,
         image_token_id=IMAGE,
         video_token_id=VIDEO,
@@ -358,3 +358,52 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
         gemma4,
     )
 }
+
+
+def _ids(count: int) -> torch.Tensor:
+    """A few tokens of text, with those of an image among them."""
+    return torch.tensor([[5, 6, 7, *[IMAGE] * count, 8, 9, 10, 11]])
+
+
+def _types(count: int) -> torch.Tensor:
+    return (_ids(count) == IMAGE).int()
+
+
+def image_inputs(name: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    """What a processor of the architecture might return for a text with a small image."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pixels(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    one, tiles = pixels(1, 3, 16, 16), pixels(1, 3, 3, 16, 16)
+    wide, square = torch.tensor([[16, 32]]), torch.tensor([[16, 16]])
+    # Patches of 3 channels, 2 moments and 4 x 4 pixels, two by two of which make a token.
+    patches, grid = pixels(24, 96), torch.tensor([[1, 4, 6]])
+    places = torch.cartesian_prod(torch.arange(6), torch.arange(6)).unsqueeze(0)
+    qwen = {"input_ids": _ids(6), "pixel_values": patches, "image_grid_thw": grid}
+    qwen |= {"mm_token_type_ids": _types(6)}
+    known: dict[str, dict[str, torch.Tensor]] = {
+        "llava": {"input_ids": _ids(16), "pixel_values": one},
+        "llava_next": {"input_ids": _ids(52), "pixel_values": tiles, "image_sizes": wide},
+        "llava_onevision": {"input_ids": _ids(52), "pixel_values": tiles, "image_sizes": wide},
+        "qwen2_vl": qwen,
+        "qwen2_5_vl": qwen,
+        "qwen3_vl": qwen,
+        "glm4v": qwen,
+        "gemma3": {"input_ids": _ids(4), "pixel_values": one, "token_type_ids": _types(4)},
+        "mistral3": {"input_ids": _ids(4), "pixel_values": one, "image_sizes": square},
+        "internvl": {"input_ids": _ids(4), "pixel_values": one},
+        "smolvlm": {"input_ids": _ids(12), "pixel_values": tiles},
+        "idefics3": {"input_ids": _ids(12), "pixel_values": tiles},
+        "paligemma": {"input_ids": _ids(16), "pixel_values": one},
+        "aya_vision": {"input_ids": _ids(4), "pixel_values": one},
+        "ovis2": {"input_ids": torch.tensor([[5, 153, *[IMAGE] * 16, 154, 8, 9]]), "pixel_values": one},
+        "gemma4": {
+            "input_ids": _ids(4),
+            "pixel_values": pixels(1, 36, 48),
+            "image_position_ids": places,
+            "mm_token_type_ids": _types(4),
+        },
+    }
+    return known[name]

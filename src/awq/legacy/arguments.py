@@ -25,6 +25,9 @@ NO_EFFECT = {
     "max_new_tokens": "it sets no size when loading; give it to generate()",
     "model_type": "it is read from the model's config.json",
     "safetensors": "safetensors are read and written in any case: pickled weights can run code when opened",
+    "init_quant": (
+        "inputs with images are calibration data as they are, and need no quantizer that catches them"
+    ),
     "subclass": (
         "the hooks of a class derived from BaseAWQForCausalLM are not called: layers and scaling groups are "
         "discovered, and each fold is proved"
@@ -82,29 +85,48 @@ def take_version(settings: dict[str, Any]) -> str:
     return layout
 
 
+# What AutoAWQ's examples override, to catch what the first block is given for inputs with images.
+_CATCHING = "init_quant"
+
+
 class AwqQuantizer:
     """AutoAWQ's search, as a class to derive from. It can be named, and not used."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ConfigError(
             f"{type(self).__name__}: there is no quantizer object to make or to derive from; "
-            "awq.quantize(model, out, config, calib) does the work, calib_data takes texts, token ids and "
-            "chats, and the steps of the search are functions in awq.search"
+            "awq.quantize(model, out, config, calib) does the work, calib_data takes texts, token ids, chats "
+            "and a processor's inputs, and the steps of the search are functions in awq.search"
         )
 
 
 def check_quantizer(quantizer_cls: Any) -> None:
-    """Accept AutoAWQ's own class; a derived one would do something else than what is done.
+    """Accept AutoAWQ's own class, and a derived one that only catches inputs with images (its `init_quant`),
+    which is not needed for that; anything else would do something else than what is done.
 
     Raises:
         ConfigError: for any other.
     """
-    if quantizer_cls not in (None, AwqQuantizer):
-        raise ConfigError(
-            f"quantizer_cls={getattr(quantizer_cls, '__name__', quantizer_cls)!r}: the search cannot be "
-            "replaced by a class derived from AwqQuantizer; calib_data takes texts, token ids and chats, and "
-            "the steps of the search are functions in awq.search"
-        )
+    if quantizer_cls in (None, AwqQuantizer):
+        return
+    own = _own_members(quantizer_cls)
+    if own is not None and own <= {_CATCHING}:
+        answer({_CATCHING: bool(own)})
+        return
+    raise ConfigError(
+        f"quantizer_cls={getattr(quantizer_cls, '__name__', quantizer_cls)!r}: the search cannot be "
+        "replaced by a class derived from AwqQuantizer; calib_data takes texts, token ids, chats and a "
+        "processor's inputs, and the steps of the search are functions in awq.search"
+    )
+
+
+def _own_members(derived: Any) -> set[str] | None:
+    """What a class derived from `AwqQuantizer` defines itself; None for anything else."""
+    if not (isinstance(derived, type) and issubclass(derived, AwqQuantizer)):
+        return None
+    above = derived.__mro__[: derived.__mro__.index(AwqQuantizer)]
+    names = {name for cls in above for name in vars(cls)}
+    return {name for name in names if not name.startswith("__") or name == "__init__"}
 
 
 def check_filename(folder: Path, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,13 @@ def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
         reason = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
         raise MissingDependencyError(f"the processor of {folder} needs more: {reason}") from error
     except Exception as error:  # processors raise many kinds
+        reason = first_line(error).rstrip(".")
+        if find_spec("torchvision") is None:
+            # transformers stumbles over its absence in many ways, few of which name it.
+            reason = f"{reason} (torchvision, which many processors need, is not installed)"
         raise LoadError(
-            f"{folder} has no processor that can be loaded: {first_line(error).rstrip('.')}; put the "
-            "original model's there (processor_config.json, preprocessor_config.json, chat_template.*)"
+            f"{folder} has no processor that can be loaded: {reason}; the original model's belongs there "
+            "(processor_config.json, preprocessor_config.json, chat_template.*)"
         ) from error
     if not isinstance(processor, ProcessorMixin):
         raise LoadError(
