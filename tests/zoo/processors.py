@@ -1,4 +1,4 @@
-"""Processors for the tiny vision-language models: transformers' own, around a tokenizer of single characters."""
+"""Processors for the tiny vision-language models: transformers' own, with a tokenizer of characters."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.zoo.vision import IMAGE, VIDEO, VISION_END, VISION_START
+from zoo.vision import IMAGE, VIDEO, VISION_END, VISION_START
 
 # Every message begins with the role; images are one mark each, which the processor makes many of.
 _TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}"
     "{% for p in m.content %}{% if p.type == 'image' %}MARK{% else %}{{ p.text }}{% endif %}{% endfor %}"
-    "{% endif %}\n{% endfor %}"
+    "{% endif %};{% endfor %}"
 )
 
 
@@ -23,13 +23,13 @@ def tokenizer(special: dict[str, int], **named: str) -> Any:
         special: tokens of several characters, with their ids.
         **named: attributes of the tokenizer that name some of them (`image_token="<image>"`).
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     plain = ["<pad>", "<s>", "</s>", "<unk>", "\n", *map(chr, range(32, 127))]
     vocabulary = {token: number for number, token in enumerate(plain)} | special
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=made,
         bos_token="<s>",

@@ -226,11 +226,20 @@ class _Reader:
         try:
             text = self._tokenizer.apply_chat_template(list(messages), tokenize=False)
         except Exception as error:  # templates are programs, and raise what they like
-            raise CalibrationError(
-                f"{self._name} holds chats, and the tokenizer cannot format one: {first_line(error)}"
-            ) from error
+            text = self._formatted(messages)
+            if text is None:
+                raise CalibrationError(
+                    f"{self._name} holds chats, and the tokenizer cannot format one: {first_line(error)}"
+                ) from error
         # The template has written the special tokens already.
         return self._tokenize(text, add_special_tokens=False)
+
+    def _formatted(self, messages: Any) -> str | None:
+        """A chat as the processor writes it, which in some folders alone has the template."""
+        try:
+            return self._processor.apply_chat_template(list(messages), tokenize=False)
+        except Exception:  # there is no processor, or it has no template either
+            return None
 
     def _checked(self, item: Any) -> Tensor:
         try:

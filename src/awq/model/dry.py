@@ -121,6 +121,9 @@ def dry_pass(
                 recording = _Recording(skeleton.model, list_name, device, tuples)
                 try:
                     passes = [recording.run(batch) for batch in batches]
+                except StructureError as error:
+                    reasons.append(str(error))
+                    continue
                 except Exception as error:  # the model's own code, anything may come
                     reasons.append(f"{type(error).__name__}: {first_line(error)}")
                     continue
