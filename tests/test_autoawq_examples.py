@@ -353,6 +353,42 @@ def test_a_class_of_one_architecture_is_the_one_class(books6m: Path, quantized: 
     assert loaded.is_quantized and loaded.dtype == torch.float32
 
 
+def test_the_qwen2_vl_example_calibrates_with_images(tmp_path: Path) -> None:
+    """A processor's inputs as calib_data, and the quantizer class that AutoAWQ needed to catch them."""
+    pytest.importorskip("PIL", reason="processors of images need Pillow")
+    from awq.models.qwen2vl import Qwen2VLAWQForCausalLM
+    from awq.quantize.quantizer import AwqQuantizer
+
+    from zoo.processors import PROCESSORS, chat, picture
+    from zoo.vision import qwen2_vl
+
+    class Qwen2VLAwqQuantizer(AwqQuantizer):
+        def init_quant(self, n_samples: Any = None, max_seq_len: Any = None) -> Any:
+            raise AssertionError("not called")
+
+    processor = PROCESSORS["qwen2_vl"]()
+    model = Qwen2VLAWQForCausalLM.from_pretrained(
+        str(qwen2_vl(tmp_path / "model")), model_type="qwen2_vl", use_cache=False, attn_implementation="eager"
+    )
+    dataset = [chat(picture(24, 16)), chat(picture(16, 40, seed=1), "And this?", "Nothing that I know of.")]
+    text = processor.apply_chat_template(dataset, tokenize=False, add_generation_prompt=True)
+    images = [conversation[0]["content"][0]["image"] for conversation in dataset]
+    inputs = processor(text=text, images=images, padding=True, return_tensors="pt")
+    config = {**QUANT_CONFIG, "q_group_size": 32}
+    with pytest.warns(UserWarning, match="init_quant has no effect: inputs with images are calibration data"):
+        model.quantize(calib_data=inputs, quant_config=config, quantizer_cls=Qwen2VLAwqQuantizer)
+    assert "2 samples" in model.report.plan.calibration
+    assert "(1 input with images)" in model.report.plan.calibration
+    model.model.config.use_cache = model.model.generation_config.use_cache = True
+    model.save_quantized(str(tmp_path / "out"), safetensors=True, shard_size="4GB")
+    loaded = AutoAWQForCausalLM.from_quantized(str(tmp_path / "out"), device_map="cpu")
+    assert type(loaded.model).__name__ == "Qwen2VLForConditionalGeneration"
+    assert (
+        loaded.generate(**inputs, max_new_tokens=2, min_new_tokens=2).shape[1]
+        == inputs["input_ids"].shape[1] + 2
+    )
+
+
 def test_a_derived_quantizer_is_refused_before_any_work(books6m: Path) -> None:
     from awq.quantize.quantizer import AwqQuantizer
 
