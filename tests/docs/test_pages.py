@@ -67,6 +67,8 @@ def page_folder(tmp_path: Path, books6m: Path, monkeypatch: pytest.MonkeyPatch) 
     "page", [page for page in PAGES if runnable(page.read_text("utf-8"))], ids=lambda page: page.name
 )
 def test_every_block_of_a_page_runs(page: Path, page_folder: Path) -> None:
+    if "PIL" in page.read_text("utf-8"):
+        pytest.importorskip("PIL", reason="the page opens images, which needs Pillow")
     namespace: dict[str, object] = {"__name__": "__main__"}
     for block in runnable(page.read_text("utf-8")):
         where = f"{page.name}, line {block.line}"

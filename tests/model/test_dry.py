@@ -28,10 +28,10 @@ def streamed(skeleton: Skeleton, inputs: dict[str, Tensor]) -> Tensor:
         skeleton.load(block, f"{name}.{index}", CPU)
         hidden = item.calls[index].run(block, hidden, keep=True)
         skeleton.unload(block)
-    decoder: Any = skeleton.model.get_decoder()  # type: ignore[operator]
-    path = name.removesuffix(".layers")
-    skeleton.load(decoder.norm, f"{path}.norm", CPU)
-    return decoder.norm(hidden)
+    path = name.replace(".layers", ".norm")
+    norm = skeleton.model.get_submodule(path)
+    skeleton.load(norm, path, CPU)
+    return norm(hidden)
 
 
 @torch.no_grad()

@@ -43,13 +43,12 @@ _QWEN_TOKENS = {
 }
 
 
-def save(folder: Path, model_type: str, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
+def save(folder: Path, model_type: str, **config: Any) -> Path:
     """Make the model of a configuration, with lively weights, and save it.
 
     Args:
         folder: where to.
         model_type: transformers' name of the architecture.
-        dtype: of the weights.
         **config: of the configuration class.
     """
     from transformers import AutoConfig
@@ -63,7 +62,7 @@ def save(folder: Path, model_type: str, dtype: torch.dtype = torch.float32, **co
     for parameter in model.parameters():
         spread = 0.5 if parameter.dim() == 1 else 0.05
         parameter.data += torch.randn(parameter.shape, generator=generator) * spread
-    model.to(dtype).save_pretrained(folder)
+    model.save_pretrained(folder)
     return folder
 
 
@@ -336,6 +335,67 @@ def gemma4(folder: Path) -> Path:
     )
 
 
+def cohere2_vision(folder: Path) -> Path:
+    """SigLIP and Cohere 2 with another projector."""
+    return save(
+        folder,
+        "cohere2_vision",
+        text_config={**TEXT, "model_type": "cohere2", "head_dim": 16, "layer_types": _LOCAL_AND_GLOBAL},
+        vision_config={**TOWER, "model_type": "siglip_vision_model", "vision_use_head": False},
+        image_token_id=IMAGE,
+        alignment_intermediate_size=64,
+    )
+
+
+# Experts of the mixtures: four, of which a token goes to two.
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+
+
+def qwen3_vl_moe(folder: Path) -> Path:
+    """Qwen3-VL with a mixture of experts."""
+    return save(folder, "qwen3_vl_moe", **_qwen3(num_hidden_layers=3, **_EXPERTS))
+
+
+def qwen3_5(folder: Path) -> Path:
+    """Linear attention and full attention in turns."""
+    config = _qwen3(
+        num_hidden_layers=2,
+        layer_types=["linear_attention", "full_attention"],
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+    )
+    del config["vision_config"]["deepstack_visual_indexes"]
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 10000.0}
+    config["text_config"]["rope_parameters"] = {**rope, "partial_rotary_factor": 0.25}
+    return save(folder, "qwen3_5", **config)
+
+
+def llama4(folder: Path) -> Path:
+    """Experts for every token, transposed in the checkpoint."""
+    text = {
+        **TEXT,
+        "head_dim": 16,
+        "intermediate_size_mlp": 128,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 2,
+        "layer_types": ["chunked_attention", "full_attention"],
+    }
+    vision = {**TOWER, "intermediate_size": 128, "pixel_shuffle_ratio": 0.5}
+    vision |= {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64}
+    return save(
+        folder,
+        "llama4",
+        text_config=text,
+        vision_config=vision,
+        image_token_index=IMAGE,
+        boi_token_index=VISION_START,
+        eoi_token_index=VISION_END,
+    )
+
+
 BUILDERS: dict[str, Callable[[Path], Path]] = {
     build.__name__: build
     for build in (
@@ -356,6 +416,10 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
         ovis2,
         gemma3n_text,
         gemma4,
+        cohere2_vision,
+        qwen3_vl_moe,
+        qwen3_5,
+        llama4,
     )
 }
 
@@ -391,6 +455,10 @@ def image_inputs(name: str, seed: int = 0) -> dict[str, torch.Tensor]:
         "qwen2_5_vl": qwen,
         "qwen3_vl": qwen,
         "glm4v": qwen,
+        "qwen3_vl_moe": qwen,
+        "qwen3_5": qwen,
+        "llama4": {"input_ids": _ids(4), "pixel_values": one},
+        "cohere2_vision": {"input_ids": _ids(4), "pixel_values": one},
         "gemma3": {"input_ids": _ids(4), "pixel_values": one, "token_type_ids": _types(4)},
         "mistral3": {"input_ids": _ids(4), "pixel_values": one, "image_sizes": square},
         "internvl": {"input_ids": _ids(4), "pixel_values": one},

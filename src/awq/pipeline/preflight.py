@@ -7,6 +7,7 @@ be quantized together: inference engines fuse q/k/v and gate/up, so siblings are
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -87,10 +88,24 @@ def discover_kind(
     """
     with torch.no_grad():
         structure = propose(block, run, probe_run)
-        proofs = prove(block, structure.folds, run)
+        proofs = _unless_silent(block, structure, prove(block, structure.folds, run))
     skipped = _skip_reasons(block, structure, config, named)
     layers = tuple(name for members in structure.inputs.values() for name in members if name not in skipped)
     return KindPlan(type(block).__name__, structure, proofs, layers, skipped)
+
+
+def _unless_silent(block: nn.Module, structure: Structure, proofs: list[Proof]) -> list[Proof]:
+    """The same proofs, but for folds that a layer which did not run might read.
+
+    A layer that runs on image tokens alone, say, is seen by no probe of text: whether it reads a scaled
+    tensor cannot be told, unless the widths do not fit.
+    """
+    ran = {name for members in structure.inputs.values() for name in members}
+    widths = {linear.in_features for name, linear in linears_of(block).items() if name not in ran}
+    return [
+        dataclasses.replace(proof, change=math.inf) if len(proof.fold.tie) in widths else proof
+        for proof in proofs
+    ]
 
 
 def kinds_of(blocks: Sequence[nn.Module], named: Sequence[frozenset[str]]) -> list[list[int]]:
