@@ -114,7 +114,7 @@ def discover_kind(
 
 
 def _others(block: nn.Module) -> dict[str, str]:
-    """Matrices that belong to no linear layer, with the class of the module that holds each, and its shape."""
+    """Matrices that belong to no linear layer, with the class of the module that holds each and its shape."""
     out = {}
     for path, module in block.named_modules():
         if isinstance(module, nn.Linear):
