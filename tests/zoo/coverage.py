@@ -88,7 +88,7 @@ def measure(model: Any, source: Path, work: Path) -> Row:
     quantize(source, work / "rtn", dataclasses.replace(CONFIG, method="rtn"), samples, device="cpu")
     loaded = _logits(_load(work / "awq"), inputs)
     rounded = _logits(_load(work / "rtn"), inputs)
-    reference = _logits(_load(_dequantized(work / "awq", work / "plain")), inputs)
+    reference = _logits(_load(_dequantized(work / "awq", work / "plain", model)), inputs)
     counts = Counter(map(id, folded.kinds))
     kinds = list({id(kind): kind for kind in folded.kinds}.values())
     told = [kind.describe([]) for kind in kinds]
@@ -143,15 +143,17 @@ def _folded(source: Path, samples: list[Tensor]) -> _Folded:
     return out
 
 
-def _dequantized(quantized: Path, out: Path) -> Path:
-    """A float checkpoint with the values that the codes stand for."""
+def _dequantized(quantized: Path, out: Path, model: Any) -> Path:
+    """A float checkpoint with the values that the codes stand for; `model` is the original."""
+    turned = {name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
     shutil.copytree(quantized, out)
     checkpoint = QuantizedCheckpoint(quantized)
     tensors = load_file(quantized / "model.safetensors")
     for name in checkpoint.layers:
         for leaf in ("qweight", "qzeros", "scales"):
             del tensors[f"{name}.{leaf}"]
-        tensors[f"{name}.weight"] = checkpoint.weight(name).dequantize()
+        values = checkpoint.weight(name).dequantize()
+        tensors[f"{name}.weight"] = values.t().contiguous() if name in turned else values
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     config = json.loads((out / "config.json").read_text())
     del config["quantization_config"]

@@ -282,8 +282,10 @@ def plan_files(
             layer = quantized[key]
             stem = key.removesuffix("weight")
             size = config.effective_group_size(layer.in_features)
-            plain = config.format in PLAIN_FORMATS
-            dtype = dtypes[key] if plain else scale_dtype(config)
+            if config.format in PLAIN_FORMATS:
+                plans.append(tensor_plan(key, dtypes[key], info.shape))
+                continue
+            dtype = scale_dtype(config)
             shapes = layout.packed_shapes(layer.out_features, layer.in_features, size, dtype)
             plans += [tensor_plan(stem + name, dtype, shape) for name, (dtype, shape) in shapes.items()]
             continue

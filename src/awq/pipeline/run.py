@@ -339,14 +339,17 @@ class _Run:
             layer, _, leaf = parameter.rpartition(".")
             quantized = leaf == "weight" and layer in result.codes
             if quantized and self.config.format == "folded":
-                yield key, cast(result.clipped(layer, value.data, self.config), stored[parameter], key)
+                clipped = skeleton.turned(key, result.clipped(layer, value.data, self.config))
+                yield key, cast(clipped, stored[parameter], key)
             elif quantized:
                 weight = QuantizedWeight(*result.codes[layer], self.config.bits).to("cpu")
                 for suffix, tensor in layout.pack(weight).items():
                     out = f"{key.removesuffix('weight')}{suffix}"
-                    yield out, cast(tensor, stored[parameter], out) if suffix == "weight" else tensor
+                    if suffix == "weight":
+                        tensor = cast(skeleton.turned(key, tensor), stored[parameter], out)
+                    yield out, tensor
             else:
-                yield key, cast(value.data, stored[parameter], key)
+                yield key, cast(skeleton.turned(key, value.data), stored[parameter], key)
         for buffer, held in block.named_buffers():
             if f"{name}.{buffer}" in skeleton.keys:
                 yield skeleton.keys[f"{name}.{buffer}"], held
