@@ -177,8 +177,8 @@ class _Job:
     def _plan_layer(self, layer: Layer) -> Iterator[TensorPlan]:
         out, into, group = layer.shape.out_features, layer.shape.in_features, layer.shape.group_size
         if self._dequantized(layer):
-            shape = (into, out) if layer.name in self.turned else (out, into)
-            yield tensor_plan(f"{layer.name}.weight", self._scales_dtype(layer), shape)
+            turned = (into, out) if layer.name in self.turned else (out, into)
+            yield tensor_plan(f"{layer.name}.weight", self._scales_dtype(layer), turned)
             return
         reason = self.layout.supports(out, into, group, layer.bits)
         if reason:
