@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from awq.model.experts import ExpertName, expert_names, rerouted, rotated, rotations
 
-Rule = Literal["factor", "one_plus"]
+Rule = Literal["factor", "one_plus", "square"]
 
 # The factors of the 32 digits: evenly spaced in the logarithm over [1/2, 2], none of them 1.
 _LEVELS = 32
@@ -43,7 +43,8 @@ class Fold:
 
     Args:
         producer: module name inside the block.
-        rule: `factor` multiplies the producer's weight (and bias), `one_plus` is for norms that apply 1 + w.
+        rule: `factor` multiplies the producer's weight (and bias), `one_plus` is for norms that apply 1 + w,
+            `square` multiplies by the root, for layers whose output is squared behind them (ReLU²).
         rows: int64 `[free]`, the producer's rows that may be scaled.
         tie: int64 `[in]`, for each input channel of the consumers the index into `rows`, or -1.
         consumers: names of the linear layers whose input channels are compensated.
@@ -272,7 +273,7 @@ def _read_rows(
     """
     weight = module._parameters["weight"]
     assert weight is not None  # for the type checker: `_producers` looked
-    rules: tuple[Rule, ...] = ("factor", "one_plus") if weight.dim() == 1 else ("factor",)
+    rules: tuple[Rule, ...] = ("factor", "one_plus" if weight.dim() == 1 else "square")
     count = weight.shape[0]
     watched = [first for first in inputs if first in before and producer not in inputs[first]]
     for rule in rules:
@@ -396,4 +397,6 @@ def scale_rows(value: Tensor, name: str, rule: Rule, factors: Tensor) -> Tensor:
     """A producer's weight or bias with its rows multiplied by `factors` `[rows]`."""
     if rule == "one_plus" and name == "weight":
         return (value + 1) * factors - 1
+    if rule == "square":
+        factors = factors.sqrt()
     return value * factors.view(-1, *[1] * (value.dim() - 1))

@@ -307,6 +307,7 @@ class _Run:
             outcome = report_of(result)
             if seen.coverage:
                 outcome["experts"] = coverage_of(seen.coverage)
+            outcome["dropped_folds"] = {p.fold.producer: p.change for p in proofs if not p.holds}
             report = BlockReport(name, spent, outcome)
             journal.batch_tokens = feed.batch_tokens  # the hidden states are cut that way
             journal.finish_block(dataclasses.asdict(report), feed.hidden)
