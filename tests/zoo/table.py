@@ -40,7 +40,7 @@ def row_of(name: str) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         source, work = Path(folder) / "source", Path(folder) / "work"
         work.mkdir()
-        return measure(build(TEXT[name], source), source, work)
+        return measure(build(TEXT[name], source), source, work, TEXT[name].fused)
 
 
 def cells(name: str, row: Row) -> dict[str, str]:
@@ -70,11 +70,17 @@ def _remarks(row: Row) -> list[str]:
     out = []
     others = {name: holder.partition(",")[0] for name, holder in row.others.items()}
     for title, layers in (("not scaled", row.unscaled), ("float", row.floats), ("as it is", others)):
-        by_reason: dict[str, list[str]] = {}
+        by_reason: dict[str, dict[str, None]] = {}
         for layer, reason in layers.items():
-            by_reason.setdefault(reason, []).append(f"`{layer}`")
+            names = by_reason.setdefault(_every_expert(reason), {})
+            names[f"`{_every_expert(layer)}`"] = None
         out += [f"{title}: {', '.join(names)} ({reason})" for reason, names in by_reason.items()]
     return out
+
+
+def _every_expert(text: str) -> str:
+    """`text` with a star in the place of an expert's number."""
+    return re.sub(r"\bexperts\.\d+\.", "experts.*.", text)
 
 
 def render(rows: list[dict[str, str]]) -> str:

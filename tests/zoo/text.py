@@ -73,12 +73,15 @@ class Architecture:
         changes: configuration entries that differ from `SIZES`.
         without: entries of `SIZES` that the configuration refuses.
         mixture: whether it has experts.
+        fused: for experts that the hub keeps in two tensors: their names beside the experts, and how gate
+            and up lie in the first (see `coverage.fuse`).
     """
 
     model_type: str
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
     without: tuple[str, ...] = ()
     mixture: bool = False
+    fused: tuple[str, str, str] | None = None
 
     def config(self) -> Any:
         """transformers' configuration of the tiny model."""
@@ -180,6 +183,7 @@ TEXT: dict[str, Architecture] = {
             "attention_chunk_size": 8,
         },
         mixture=True,
+        fused=("experts.gate_up_proj", "experts.down_proj", "columns"),
     ),
     "mixtral": Architecture("mixtral", {**_EXPERTS, "intermediate_size": 64}, mixture=True),
     "qwen2_moe": Architecture("qwen2_moe", {**_EXPERTS, **_SHARED, "mlp_only_layers": [0]}, mixture=True),
@@ -190,7 +194,12 @@ TEXT: dict[str, Architecture] = {
     "deepseek_v2": Architecture("deepseek_v2", _DEEPSEEK, mixture=True),
     "deepseek_v3": Architecture("deepseek_v3", _DEEPSEEK, mixture=True),
     "olmoe": Architecture("olmoe", {**_EXPERTS, "intermediate_size": 64}, mixture=True),
-    "granitemoe": Architecture("granitemoe", {**_EXPERTS, "intermediate_size": 64}, mixture=True),
+    "granitemoe": Architecture(
+        "granitemoe",
+        {**_EXPERTS, "intermediate_size": 64},
+        mixture=True,
+        fused=("input_linear.weight", "output_linear.weight", "rows"),
+    ),
     "glm4_moe": Architecture("glm4_moe", {**_DEEPSEEK, "n_group": 1, "num_key_value_heads": 2}, mixture=True),
     "hunyuan_v1_moe": Architecture(
         "hunyuan_v1_moe", {**_EXPERTS, "moe_topk": 2, "intermediate_size": 64}, mixture=True
@@ -205,5 +214,10 @@ TEXT: dict[str, Architecture] = {
         },
         mixture=True,
     ),
-    "gpt_oss": Architecture("gpt_oss", {**_EXPERTS, **_MIXED, "intermediate_size": 64}, mixture=True),
+    "gpt_oss": Architecture(
+        "gpt_oss",
+        {**_EXPERTS, **_MIXED, "intermediate_size": 64},
+        mixture=True,
+        fused=("experts.gate_up_proj", "experts.down_proj", "alternating columns"),
+    ),
 }

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from awq.model.names import names_in_model
+from awq.model.names import match_names
 
 
 def as_linear(module: nn.Module) -> nn.Linear | None:
@@ -69,5 +69,5 @@ def conv1d_layers(folder: Path, layers: Iterable[str]) -> set[str]:
         return set()
     with init_empty_weights():
         model = kind._from_config(config)
-    keys, _ = names_in_model(model, [f"{layer}.weight" for layer in layers])
+    keys, _ = match_names(model, [f"{layer}.weight" for layer in layers])
     return {keys[name].removesuffix(".weight") for name in straighten(model) if name in keys}

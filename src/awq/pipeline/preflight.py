@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,14 +110,14 @@ def discover_kind(
         proofs = prove(block, structure.folds, run)
     skipped = _skip_reasons(block, structure, config, named)
     layers = tuple(name for members in structure.inputs.values() for name in members if name not in skipped)
-    return KindPlan(type(block).__name__, structure, proofs, layers, skipped, _others(block))
+    return KindPlan(type(block).__name__, structure, proofs, layers, skipped, _others(block, skipped))
 
 
-def _others(block: nn.Module) -> dict[str, str]:
-    """Matrices that belong to no linear layer, with the class of the module that holds each and its shape."""
+def _others(block: nn.Module, skipped: Collection[str]) -> dict[str, str]:
+    """Further matrices, with the class of the module that holds each and its shape."""
     out = {}
     for path, module in block.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) or path in skipped:
             continue
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.dim() > 1:
