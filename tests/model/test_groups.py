@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from awq.model.blocks import kind_of
 from awq.model.groups import Fold, propose
 from awq.model.invariance import TOLERANCE, apply, prove
 
@@ -82,6 +83,44 @@ def test_a_block_nobody_listed_is_understood_whole(one_plus: bool) -> None:
     assert torch.equal(folds["back"].rows, expected)
     assert torch.equal(folds["back"].tie.view(4, 16)[0], folds["back"].tie.view(4, 16)[1])
     assert torch.equal(folds["narrow"].rows, torch.arange(0, 256, 2))
+
+
+class Squared(nn.Module):
+    """ReLU², as some models have it: a factor in front is its square behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = Norm(64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.relu(self.up(self.norm(x))).square())
+
+
+def test_a_scale_passes_through_a_square_as_its_root() -> None:
+    torch.manual_seed(0)
+    folds, _ = folds_of(Squared())
+    assert (folds["down"].producer, folds["down"].rule) == ("up", "square")
+    assert len(folds["down"].rows) == 64
+
+
+class Triple(nn.Module):
+    """Three factors of one product, fused in one layer, with a convolution over time between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.fused, self.out = Norm(64), nn.Linear(64, 192), nn.Linear(64, 64)
+        self.conv = nn.Conv1d(64, 64, 3, groups=64, padding=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = self.fused(self.norm(x)).chunk(3, -1)
+        mixed = self.conv((a * c).transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
+        return x + self.out(torch.tanh(mixed) * b)
+
+
+def test_the_one_factor_among_three_fused_ones_is_found() -> None:
+    torch.manual_seed(0)
+    folds, _ = folds_of(Triple())
+    assert torch.equal(folds["out"].rows, torch.arange(64, 128))
 
 
 class Hidden(nn.Module):
@@ -198,6 +237,23 @@ def test_proving_leaves_the_block_as_it_was_and_applying_keeps_its_output() -> N
             apply(block, fold, torch.rand(len(fold.rows)) * 3 + 0.2)
         assert not torch.equal(block.mixed.weight, before["mixed.weight"])
         assert float((block(x) - reference).abs().max() / reference.abs().max()) < TOLERANCE
+
+
+def test_what_stands_in_front_of_an_input_without_a_fold_is_told() -> None:
+    torch.manual_seed(0)
+    block = Smooth()
+    x = torch.randn(2, 12, 64)
+    with torch.no_grad():
+        structure = propose(block, lambda: block(x), lambda: block(x[:, :1]))
+    assert structure.behind == {"down": "up"}
+
+
+def test_blocks_that_differ_by_a_switch_alone_are_of_two_kinds() -> None:
+    full, sliding, other = Smooth(), Smooth(), Smooth()
+    full.layer_type, sliding.layer_type, other.layer_type = "full", "sliding", "full"
+    full.layer_idx, other.layer_idx = 0, 2
+    assert kind_of(full) == kind_of(other)
+    assert kind_of(full) != kind_of(sliding)
 
 
 class Random(nn.Module):

@@ -16,6 +16,7 @@ from awq.formats.detect import detect
 from awq.hf import registration
 from awq.hf.differences import told
 from awq.hf.replace import Stored, replace_layers
+from awq.model.conv1d import conv1d_of
 from awq.model.names import match_names
 from awq.model.weights import TensorInfo, read_header
 from awq.nn import QuantExperts, QuantLinear
@@ -173,7 +174,7 @@ def _swap(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module.train(old.training))
 
 
-def _float_linear(path: str, layer: QuantLinear, dtype: torch.dtype) -> nn.Linear:
+def _float_linear(path: str, layer: QuantLinear, dtype: torch.dtype) -> nn.Module:
     if layer.is_away:
         raise ConfigError(f"{path} is offloaded; load the model without offloading to dequantize it")
     with torch.device("meta"):
@@ -181,7 +182,7 @@ def _float_linear(path: str, layer: QuantLinear, dtype: torch.dtype) -> nn.Linea
     linear.weight = nn.Parameter(layer.dequantize(dtype), requires_grad=False)
     if layer.bias is not None:
         linear.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
-    return linear
+    return conv1d_of(linear) if layer.of_conv1d else linear
 
 
 def _save_experts_apart(model: Any) -> None:

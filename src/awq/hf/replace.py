@@ -17,6 +17,7 @@ from torch import nn
 
 from awq.errors import LoadError
 from awq.formats import get_format
+from awq.model.conv1d import as_linear
 from awq.model.experts import Part, parts_of
 from awq.model.names import Merge, match_names
 from awq.model.unfuse import by_owner, expert_of, put
@@ -98,6 +99,7 @@ def replace_layers(model: nn.Module, stored: Stored) -> list[str]:
         layer = stored.layer(
             stem, linear.out_features, linear.in_features, linear.weight.dtype, linear.bias is not None
         )
+        layer.of_conv1d = as_linear(model.get_submodule(path)) is not None
         put(model, path, layer)
         replaced.append(path)
     for owner, parts in by_owner(merges).items():
@@ -113,9 +115,10 @@ def replace_layers(model: nn.Module, stored: Stored) -> list[str]:
 
 def _linear(model: nn.Module, path: str, stem: str) -> nn.Linear:
     try:
-        linear = model.get_submodule(path)
+        module = model.get_submodule(path)
     except AttributeError:
         raise LoadError(f"the checkpoint holds codes for {stem}, {_where_it_would_be(model, path)}") from None
+    linear = as_linear(module) or module
     if not isinstance(linear, nn.Linear):
         raise LoadError(f"the checkpoint holds codes for {stem}, which is a {type(linear).__name__} here")
     return linear

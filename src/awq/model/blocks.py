@@ -127,10 +127,28 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
 
 
 def kind_of(block: nn.Module) -> tuple[Any, ...]:
-    """What makes two blocks alike: module names and types, and the shapes of their parameters."""
-    modules = tuple((name, type(module).__qualname__) for name, module in block.named_modules())
+    """What makes two blocks alike: module names, types and switches, and the shapes of their parameters."""
+    modules = tuple(
+        (name, type(module).__qualname__, *_switches(module)) for name, module in block.named_modules()
+    )
     shapes = tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
     return modules + shapes
+
+
+def _switches(module: nn.Module) -> list[tuple[str, Any]]:
+    """Attributes by which modules of one class behave differently: flags, words, and what is or is not there.
+
+    Numbers are left out, for many models give each block its own. So are words with a number in them.
+    """
+    found: list[tuple[str, Any]] = []
+    for name, value in vars(module).items():
+        if name.startswith("_"):
+            continue
+        if value is None or isinstance(value, (bool, int, float)):
+            found.append((name, value if isinstance(value, bool) or value is None else "a number"))
+        elif isinstance(value, str) and not any(letter.isdigit() for letter in value):
+            found.append((name, value))
+    return found
 
 
 def decoder_of(model: nn.Module) -> tuple[nn.Module, str]:

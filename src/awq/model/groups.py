@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from awq.model.experts import ExpertName, expert_names, rerouted, rotated, rotations
 
-Rule = Literal["factor", "one_plus"]
+Rule = Literal["factor", "one_plus", "square"]
 
 # The factors of the 32 digits: evenly spaced in the logarithm over [1/2, 2], none of them 1.
 _LEVELS = 32
@@ -43,7 +43,8 @@ class Fold:
 
     Args:
         producer: module name inside the block.
-        rule: `factor` multiplies the producer's weight (and bias), `one_plus` is for norms that apply 1 + w.
+        rule: `factor` multiplies the producer's weight (and bias), `one_plus` is for norms that apply 1 + w,
+            `square` multiplies by the root, for layers whose output is squared behind them (ReLU²).
         rows: int64 `[free]`, the producer's rows that may be scaled.
         tie: int64 `[in]`, for each input channel of the consumers the index into `rows`, or -1.
         consumers: names of the linear layers whose input channels are compensated.
@@ -63,10 +64,13 @@ class Structure:
     Args:
         inputs: linear layers by shared input: `{first layer's name: all layers that read the same tensor}`.
         folds: proposals, at most one for each input.
+        behind: for an input without a proposal, the last norm or linear layer that has an effect on it,
+            which is no plain factor; no entry where there is none.
     """
 
     inputs: dict[str, tuple[str, ...]]
     folds: tuple[Fold, ...]
+    behind: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
@@ -123,19 +127,23 @@ def propose(block: nn.Module, run: Callable[[], Tensor], probe_run: Callable[[],
     with rerouted(block, "all"):
         inputs = _shared_inputs(_inputs_of(block, partial(_everywhere, block, run)), within)
     best: dict[str, Fold] = {}
+    behind: dict[str, str] = {}
     with rerouted(block, "first"):
         before = _inputs_of(block, probe_run)
         examples = _examples(before, within)
-        for producer, module in _producers(block):
+        for producer, module in _in_running_order(_producers(block), probe_run):
             if producer in within and within[producer].number != examples.get(within[producer].owner):
                 continue  # experts of a layer are alike: what is found in one is proposed for all
-            for fold in _read_rows(block, producer, module, inputs, before, probe_run):
+            changed: set[str] = set()
+            for fold in _read_rows(block, producer, module, inputs, before, probe_run, changed):
                 first = fold.consumers[0]
                 if first not in best or len(fold.rows) > len(best[first].rows):
                     best[first] = fold
+            behind.update(dict.fromkeys(changed, producer))
     for fold in list(best.values()):
         best.update({copy.consumers[0]: copy for copy in _for_other_experts(fold, within, inputs)})
-    return Structure(inputs, tuple(best[name] for name in inputs if name in best))
+    folds = tuple(best[name] for name in inputs if name in best)
+    return Structure(inputs, folds, dict(_behind(behind, within, inputs, best)))
 
 
 def _for_other_experts(
@@ -149,6 +157,21 @@ def _for_other_experts(
         names = [within[name].of(number) for name in (fold.producer, *fold.consumers) if name in within]
         if len(names) == 1 + len(fold.consumers) and inputs.get(names[1]) == tuple(names[1:]):
             yield dataclasses.replace(fold, producer=names[0], consumers=tuple(names[1:]))
+
+
+def _behind(
+    seen: dict[str, str],
+    within: dict[str, ExpertName],
+    inputs: dict[str, tuple[str, ...]],
+    best: dict[str, Fold],
+) -> Iterator[tuple[str, str]]:
+    """What was seen behind the inputs that have no fold; experts of a layer are alike here too."""
+    for first, producer in seen.items():
+        numbers = range(within[first].count) if first in within else (0,)
+        for number in numbers:
+            name, other = (within[x].of(number) if x in within else x for x in (first, producer))
+            if name in inputs and name not in best:
+                yield name, other
 
 
 def _inputs_of(block: nn.Module, run: Callable[[], object]) -> dict[str, Tensor]:
@@ -219,6 +242,22 @@ def _producers(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def _in_running_order(
+    producers: Iterator[tuple[str, nn.Module]], run: Callable[[], Tensor]
+) -> list[tuple[str, nn.Module]]:
+    """Those that run, in the order in which they first do."""
+    ran: dict[str, nn.Module] = {}
+    with ExitStack() as stack:
+        for name, module in producers:
+
+            def note(module: nn.Module, _: Any, name: str = name) -> None:
+                ran.setdefault(name, module)
+
+            stack.callback(module.register_forward_pre_hook(note).remove)
+        run()
+    return list(ran.items())
+
+
 def _read_rows(
     block: nn.Module,
     producer: str,
@@ -226,16 +265,20 @@ def _read_rows(
     inputs: dict[str, tuple[str, ...]],
     before: dict[str, Tensor],
     run: Callable[[], Tensor],
+    changed: set[str],
 ) -> Iterator[Fold]:
-    """Folds whose producer is `module`: for each shared input, the rows read off the changed ratios."""
+    """Folds whose producer is `module`: for each shared input, the rows read off the changed ratios.
+
+    Inputs that change in whatever way are added to `changed`.
+    """
     weight = module._parameters["weight"]
     assert weight is not None  # for the type checker: `_producers` looked
-    rules: tuple[Rule, ...] = ("factor", "one_plus") if weight.dim() == 1 else ("factor",)
+    rules: tuple[Rule, ...] = ("factor", "one_plus" if weight.dim() == 1 else "square")
     count = weight.shape[0]
     watched = [first for first in inputs if first in before and producer not in inputs[first]]
     for rule in rules:
         for subset in _subsets(weight, [before[first].shape[1] for first in watched]):
-            ties = _decode(block, module, rule, subset.to(weight.device), watched, before, run)
+            ties = _decode(block, module, rule, subset.to(weight.device), watched, before, run, changed)
             for first, tie in ties.items():
                 used = torch.unique(tie[tie >= 0])
                 back = torch.full((count,), -1, dtype=torch.long, device=tie.device)
@@ -247,17 +290,18 @@ def _read_rows(
 
 
 def _subsets(weight: Tensor, widths: list[int]) -> Iterator[Tensor]:
-    """Sets of rows to scale together: all; and, for a layer twice as wide as an input, its likely halves.
+    """Sets of rows to scale together: all; and likely parts of a layer a few times as wide as an input.
 
     A fused gate/up layer acts as a plain factor in its up half only, and no single token can tell the halves
-    apart.
+    apart. Others fuse three or four factors of one product.
     """
     count = weight.shape[0]
     yield torch.arange(count)
-    if weight.dim() == 2 and any(count == 2 * width for width in widths):
-        half = count // 2
-        yield from (torch.arange(half, count), torch.arange(half))
-        yield from (torch.arange(1, count, 2), torch.arange(0, count, 2))
+    for parts in (2, 3, 4):
+        if weight.dim() == 2 and any(count == parts * width for width in widths):
+            width = count // parts
+            yield from (torch.arange(width * part, width * (part + 1)) for part in reversed(range(parts)))
+            yield from (torch.arange(part, count, parts) for part in reversed(range(parts)))
 
 
 def _decode(
@@ -268,6 +312,7 @@ def _decode(
     watched: list[str],
     before: dict[str, Tensor],
     run: Callable[[], Tensor],
+    changed: set[str],
 ) -> dict[str, Tensor]:
     """For each watched input whose every live channel is a factor of one row: that row, int64 `[in]`."""
     count = int(rows.max()) + 1
@@ -284,7 +329,10 @@ def _decode(
             after = _inputs_of(block, run)
         for first in list(found):
             # An expert may get no token once its router's input has changed.
-            level = _levels_of(before[first], after.get(first, before[first][:0])).cpu()
+            now = after.get(first, before[first][:0])
+            if not torch.equal(before[first], now):
+                changed.add(first)
+            level = _levels_of(before[first], now).cpu()
             if bool((level[live[first]] < 0).any()) or not bool(live[first].any()):
                 del found[first]
             else:
@@ -349,4 +397,6 @@ def scale_rows(value: Tensor, name: str, rule: Rule, factors: Tensor) -> Tensor:
     """A producer's weight or bias with its rows multiplied by `factors` `[rows]`."""
     if rule == "one_plus" and name == "weight":
         return (value + 1) * factors - 1
+    if rule == "square":
+        factors = factors.sqrt()
     return value * factors.view(-1, *[1] * (value.dim() - 1))

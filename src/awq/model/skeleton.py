@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from awq.errors import AlreadyQuantizedError, CorruptFileError, StructureError
 from awq.model.classes import auto_class
+from awq.model.conv1d import straighten
 from awq.model.names import match_names
 from awq.model.unfuse import unfuse
 from awq.model.weights import FLOAT_DTYPES, CheckpointReader, read_json
@@ -34,6 +35,7 @@ class Skeleton:
         model: the module tree, parameters on the meta device.
         reader: the checkpoint's tensors.
         keys: `{parameter or buffer name in the model: checkpoint key}`; tied names share a key.
+        transposed: checkpoint keys of weights of linear layers that are stored `[in, out]`.
     """
 
     folder: Path
@@ -42,6 +44,7 @@ class Skeleton:
     model: nn.Module
     reader: CheckpointReader
     keys: dict[str, str]
+    transposed: frozenset[str] = frozenset()
 
     @property
     def vocabulary(self) -> int:
@@ -86,6 +89,7 @@ class Skeleton:
                 if key is not None:
                     wanted.setdefault(key, []).append((module, name, is_parameter))
         for key, tensor in self.reader.read(list(wanted)):
+            tensor = self.turned(key, tensor)
             for module, name, is_parameter in wanted[key]:
                 if not is_parameter:
                     module._buffers[name] = tensor.to(device)
@@ -97,6 +101,10 @@ class Skeleton:
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.to(device)
+
+    def turned(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor on its way from the checkpoint to the model, or back."""
+        return tensor.t().contiguous() if key in self.transposed else tensor
 
     def unload(self, module: nn.Module) -> None:
         """Send the parameters of `module` and its children to the meta device, freeing their memory."""
@@ -137,8 +145,9 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> Skeleton:
             "transformers first"
         )
     _tie(model, keys)
-    _check_shapes(model, reader, keys, folder)
-    return Skeleton(folder, config, raw, model, reader, keys)
+    transposed = frozenset(keys[name] for name in straighten(model) if name in keys)
+    _check_shapes(model, reader, keys, transposed, folder)
+    return Skeleton(folder, config, raw, model, reader, keys, transposed)
 
 
 def _build(folder: Path, trust_remote_code: bool) -> tuple[Any, nn.Module]:
@@ -171,7 +180,13 @@ def _tie(model: nn.Module, keys: dict[str, str]) -> None:
             keys[source] = keys[target]
 
 
-def _check_shapes(model: nn.Module, reader: CheckpointReader, keys: dict[str, str], folder: Path) -> None:
+def _check_shapes(
+    model: nn.Module,
+    reader: CheckpointReader,
+    keys: dict[str, str],
+    transposed: frozenset[str],
+    folder: Path,
+) -> None:
     state = model.state_dict()
     missing = [name for name, _ in model.named_parameters() if name not in keys]
     if missing:
@@ -182,10 +197,15 @@ def _check_shapes(model: nn.Module, reader: CheckpointReader, keys: dict[str, st
             raise StructureError(
                 f"{keys[name]} is stored as {stored}; convert the checkpoint to bfloat16 first"
             )
-    wrong = [
-        f"{keys[name]} is {reader.tensors[keys[name]].shape}, the model wants {tuple(tensor.shape)}"
+    expected = {
+        keys[name]: tuple(reversed(tensor.shape)) if keys[name] in transposed else tuple(tensor.shape)
         for name, tensor in state.items()
-        if name in keys and reader.tensors[keys[name]].shape != tuple(tensor.shape)
+        if name in keys
+    }
+    wrong = [
+        f"{key} is {reader.tensors[key].shape}, the model wants {shape}"
+        for key, shape in expected.items()
+        if reader.tensors[key].shape != shape
     ]
     if wrong:
         raise CorruptFileError(f"{folder}: weights and config.json disagree: {'; '.join(wrong[:5])}")

@@ -74,6 +74,8 @@ class QuantLinear(nn.Linear):
         self.group_size, self.bits = group_size, bits
         self.compute_dtype = dtype
         self.layout = layout
+        # Stands in the place of a GPT-2 `Conv1D`, and is dequantized to one.
+        self.of_conv1d = False
         shapes = get_format(layout).packed_shapes(out_features, in_features, group_size, scales_dtype)
         self._packed = tuple(shapes)
         for name, (kind, shape) in shapes.items():

@@ -18,6 +18,7 @@ from awq.errors import ConfigError, OutputExistsError
 from awq.formats import LAYOUTS
 from awq.formats.detect import entry_for
 from awq.formats.layout import exact_scales
+from awq.model.conv1d import conv1d_layers
 from awq.model.fetch import resolve
 from awq.model.quantized import OLD_CONFIGS, Layer, QuantizedCheckpoint
 from awq.model.weights import FLOAT_DTYPES
@@ -36,6 +37,8 @@ from awq.pipeline.writer import (
 
 # Layouts that `convert` writes. Plain weights are written by `export`, under the name fp16.
 TARGETS = ("gemm", "gemv", "gemv_fast", "llm_awq", "gptq", "gptq_v2", "compressed-tensors", "mlx")
+# Layouts whose readers would turn the layers of a GPT-2 as they turn its float weights.
+_NO_CONV1D = ("compressed-tensors", "mlx")
 _AWQ_LAYOUTS = ("gemm", "gemv", "gemv_fast", "llm_awq", "marlin")
 Told = Callable[[int, int], None]
 
@@ -126,6 +129,11 @@ class _Job:
     ) -> None:
         self.source, self.to, self.progress = source, to, progress
         self.layout = LAYOUTS[to]
+        self.turned = conv1d_layers(source.folder, source.layers)
+        if self.turned and to in _NO_CONV1D:
+            raise ConfigError(
+                f"{min(self.turned)} is a Conv1D, which no reader of the {to} layout takes; export to fp16"
+            )
         # MLX computes in the scales' dtype, and wants every float tensor in it.
         self.dtype = self._scales_dtype(next(iter(source.layers.values()))) if to == "mlx" else dtype
         self.group_size = self._group_size()
@@ -169,7 +177,8 @@ class _Job:
     def _plan_layer(self, layer: Layer) -> Iterator[TensorPlan]:
         out, into, group = layer.shape.out_features, layer.shape.in_features, layer.shape.group_size
         if self._dequantized(layer):
-            yield tensor_plan(f"{layer.name}.weight", self._scales_dtype(layer), (out, into))
+            turned = (into, out) if layer.name in self.turned else (out, into)
+            yield tensor_plan(f"{layer.name}.weight", self._scales_dtype(layer), turned)
             return
         reason = self.layout.supports(out, into, group, layer.bits)
         if reason:
@@ -196,7 +205,9 @@ class _Job:
     def _packed(self, layer: Layer) -> dict[str, Tensor]:
         dtype = self._scales_dtype(layer)
         if self._dequantized(layer):
-            return {"weight": cast(self.source.values(layer.name), dtype, layer.name)}
+            values = self.source.values(layer.name)
+            values = values.t().contiguous() if layer.name in self.turned else values
+            return {"weight": cast(values, dtype, layer.name)}
         weight = self.source.weight(layer.name)
         try:
             return self.layout.pack(dataclasses.replace(weight, scales=exact_scales(weight.scales, dtype)))

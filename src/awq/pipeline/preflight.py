@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ _NAMED = "named in modules_to_not_convert"
 class KindPlan:
     """One kind of block: its structure, the folds that held, and what is quantized in it.
 
-    `layers` are names inside the block; `skipped` gives the reason for each linear layer left float.
+    `layers` are names inside the block; `skipped` gives the reason for each linear layer left float, and
+    `others` tells of each further matrix what holds it.
     """
 
     name: str
@@ -42,6 +43,7 @@ class KindPlan:
     proofs: list[Proof]
     layers: tuple[str, ...]
     skipped: dict[str, str]
+    others: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def folds(self) -> list[Fold]:
@@ -50,12 +52,12 @@ class KindPlan:
 
     def describe(self, blocks: list[int]) -> dict[str, Any]:
         """As JSON values, for the report and for `awq inspect`."""
-        scaled = {name for fold in self.folds for name in fold.consumers}
         return {
             "name": self.name,
             "blocks": blocks,
             "layers": list(self.layers),
             "skipped": self.skipped,
+            "others": self.others,
             "folds": [
                 {
                     "producer": proof.fold.producer,
@@ -67,8 +69,26 @@ class KindPlan:
                 }
                 for proof in self.proofs
             ],
-            "unscaled": [name for name in self.layers if name not in scaled],
+            "unscaled": self.unscaled(),
         }
+
+    def unscaled(self) -> dict[str, str]:
+        """Layers that are quantized without a scale, with the reason."""
+        proofs = {name: proof for proof in self.proofs for name in proof.fold.consumers}
+        first_of = {name: first for first, members in self.structure.inputs.items() for name in members}
+        reasons = {}
+        for name in self.layers:
+            behind = self.structure.behind.get(first_of[name])
+            if name not in proofs:
+                reasons[name] = (
+                    f"its input channels are no plain factors of {behind}"
+                    if behind
+                    else "no weight of the block comes before it"
+                )
+            elif not proofs[name].holds:
+                producer, change = proofs[name].fold.producer, proofs[name].change
+                reasons[name] = f"folding into {producer} would change the output by {change:.0e}"
+        return reasons
 
 
 def discover_kind(
@@ -91,7 +111,20 @@ def discover_kind(
         proofs = _unless_silent(block, structure, prove(block, structure.folds, run))
     skipped = _skip_reasons(block, structure, config, named)
     layers = tuple(name for members in structure.inputs.values() for name in members if name not in skipped)
-    return KindPlan(type(block).__name__, structure, proofs, layers, skipped)
+    return KindPlan(type(block).__name__, structure, proofs, layers, skipped, _others(block, skipped))
+
+
+def _others(block: nn.Module, skipped: Collection[str]) -> dict[str, str]:
+    """Further matrices, with the class of the module that holds each and its shape."""
+    out = {}
+    for path, module in block.named_modules():
+        if isinstance(module, nn.Linear) or path in skipped:
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.dim() > 1:
+                shape = " x ".join(map(str, parameter.shape))
+                out[f"{path}.{name}".lstrip(".")] = f"{type(module).__name__}, {shape}"
+    return out
 
 
 def _unless_silent(block: nn.Module, structure: Structure, proofs: list[Proof]) -> list[Proof]:
@@ -264,8 +297,10 @@ def plan_files(
             layer = quantized[key]
             stem = key.removesuffix("weight")
             size = config.effective_group_size(layer.in_features)
-            plain = config.format in PLAIN_FORMATS
-            dtype = dtypes[key] if plain else scale_dtype(config)
+            if config.format in PLAIN_FORMATS:
+                plans.append(tensor_plan(key, dtypes[key], info.shape))
+                continue
+            dtype = scale_dtype(config)
             shapes = layout.packed_shapes(layer.out_features, layer.in_features, size, dtype)
             plans += [tensor_plan(stem + name, dtype, shape) for name, (dtype, shape) in shapes.items()]
             continue

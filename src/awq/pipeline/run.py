@@ -317,6 +317,7 @@ class _Run:
             outcome = report_of(result)
             if seen.coverage:
                 outcome["experts"] = coverage_of(seen.coverage)
+            outcome["dropped_folds"] = {p.fold.producer: p.change for p in proofs if not p.holds}
             report = BlockReport(name, spent, outcome)
             journal.batch_tokens = feed.batch_tokens  # the hidden states are cut that way
             journal.finish_block(dataclasses.asdict(report), feed.hidden, feed.state())
@@ -349,14 +350,17 @@ class _Run:
             layer, _, leaf = parameter.rpartition(".")
             quantized = leaf == "weight" and layer in result.codes
             if quantized and self.config.format == "folded":
-                yield key, cast(result.clipped(layer, value.data, self.config), stored[parameter], key)
+                clipped = skeleton.turned(key, result.clipped(layer, value.data, self.config))
+                yield key, cast(clipped, stored[parameter], key)
             elif quantized:
                 weight = QuantizedWeight(*result.codes[layer], self.config.bits).to("cpu")
                 for suffix, tensor in layout.pack(weight).items():
                     out = f"{key.removesuffix('weight')}{suffix}"
-                    yield out, cast(tensor, stored[parameter], out) if suffix == "weight" else tensor
+                    if suffix == "weight":
+                        tensor = cast(skeleton.turned(key, tensor), stored[parameter], out)
+                    yield out, tensor
             else:
-                yield key, cast(value.data, stored[parameter], key)
+                yield key, cast(skeleton.turned(key, value.data), stored[parameter], key)
         for buffer, held in block.named_buffers():
             if f"{name}.{buffer}" in skeleton.keys:
                 yield skeleton.keys[f"{name}.{buffer}"], held
