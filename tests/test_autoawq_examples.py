@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
-from awq import AutoAWQForCausalLM, QuantConfig, auto_model
+from awq import AutoAWQForCausalLM, QuantConfig, folder_model
 from awq.auto_model import AWQModel
 from awq.errors import AlreadyQuantizedError, CalibrationError, ConfigError, OutputExistsError
 from awq.hf import load_quantized
@@ -499,7 +499,7 @@ def test_placement_and_configuration_reach_the_loader(
         given.update(kwargs)
         return load_quantized(folder, **kwargs)
 
-    monkeypatch.setattr(auto_model, "load_quantized", record)
+    monkeypatch.setattr(folder_model, "load_quantized", record)
     placing = {
         "device_map": "auto",
         "max_memory": {"cpu": "1GB"},
