@@ -15,7 +15,14 @@ import torch
 from awq.utils.utils import get_best_device
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    TextStreamer,
+    Trainer,
+    TrainingArguments,
+)
 
 from awq import AutoAWQForCausalLM, QuantConfig, folder_model
 from awq.auto_model import AWQModel
@@ -171,6 +178,64 @@ def test_the_eval_example_measures_perplexity(
     with pytest.warns(UserWarning, match="safetensors has no effect"):
         original = AutoAWQForCausalLM.from_pretrained(str(books6m), safetensors=False)
     assert evaluate_perplexity(original.model, tokenizer) < evaluate_perplexity(model.model, tokenizer)
+
+
+def test_the_eval_example_s_imports_are_all_there() -> None:
+    from awq.evaluation.eval_utils import eval_librispeech, eval_mmlu, evaluate_perplexity
+
+    assert all(map(callable, (eval_librispeech, eval_mmlu, evaluate_perplexity)))
+
+
+# train.py
+
+
+def test_the_training_example_trains_an_adapter_and_saves_it(
+    quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the example has it, but for `evaluation_strategy`, which transformers renamed `eval_strategy`."""
+    datasets = pytest.importorskip("datasets", reason="an optional package of the product")
+    peft = pytest.importorskip("peft", reason="an optional package of the product")
+    rows = {"instruction": ["Say where you are.", "Count."], "output": ["At sea.", "One, two, three."]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: datasets.Dataset.from_dict(rows))
+    monkeypatch.chdir(tmp_path)
+
+    def prepare_split(tokenizer: Any) -> Any:
+        data = datasets.load_dataset("mhenrichsen/alpaca_2k_test", split="train")
+        template = "<s>[INST] {prompt} [/INST] {output}</s>"
+        data = data.map(
+            lambda x: {"text": template.format(prompt=x["instruction"], output=x["output"])}
+        ).select_columns(["text"])
+        return data.map(lambda x: tokenizer(x["text"]), batched=True)
+
+    model = AutoAWQForCausalLM.from_quantized(str(quantized), fuse_layers=False)
+    tokenizer = AutoTokenizer.from_pretrained(quantized)
+    tokenizer.pad_token = tokenizer.eos_token
+    data_train = prepare_split(tokenizer)
+    lora_config = peft.LoraConfig(
+        r=4, lora_alpha=8, lora_dropout=0.5, bias="none", task_type=peft.TaskType.CAUSAL_LM,
+        inference_mode=False,
+    )  # fmt: skip
+    model = peft.get_peft_model(model.model, lora_config)
+    model.print_trainable_parameters()
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    training_arguments = TrainingArguments(
+        output_dir="./output", per_device_train_batch_size=1, optim="adamw_torch", num_train_epochs=1,
+        learning_rate=1e-4, eval_strategy="no", save_strategy="epoch", save_steps=100, logging_steps=50,
+        eval_steps=None, load_best_model_at_end=False,
+    )  # fmt: skip
+    trainer = Trainer(
+        model=model,
+        train_dataset=data_train,
+        args=training_arguments,
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    )
+    trainer.train()
+    trainer.save_model("output")
+    assert trainer.state.global_step == 2
+    changed = {n for n, p in model.named_parameters() if p.requires_grad and not torch.equal(p, before[n])}
+    assert {name for name in before if "lora_B" in name} <= changed
+    saved = load_file(tmp_path / "output/adapter_model.safetensors")
+    assert any(bool(tensor.any()) for name, tensor in saved.items() if "lora_B" in name)
 
 
 # quant_custom_data.py, and the long-context example of the documentation

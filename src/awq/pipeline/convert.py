@@ -38,7 +38,7 @@ from awq.pipeline.writer import (
 TARGETS = ("gemm", "gemv", "gemv_fast", "llm_awq", "gptq", "gptq_v2", "compressed-tensors", "mlx")
 # Layouts that are only read, and why.
 _READ_ONLY = {
-    "marlin": "no engine reads it from disk: those with Marlin kernels arrange `gemm` for them while loading, "
+    "marlin": "no engine reads it from disk: those with Marlin kernels arrange `gemm` for them as they load, "
     "zero points included, and AutoAWQ's own layout had no place for zero points",
     "exllama": "on disk it is `gemm`",
 }
