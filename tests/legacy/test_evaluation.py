@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-import awq
-from awq import QuantConfig
 from awq.errors import CalibrationError, ConfigError, MissingDependencyError
 from awq.evaluate.harness import TaskScore
 from awq.legacy import evaluation
@@ -27,13 +25,6 @@ def test_wikitext_that_cannot_be_had_is_answered_in_a_sentence(monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingDependencyError, match=r"openawq\[datasets\]"):
         evaluation.evaluate_perplexity(None, None)
-
-
-@pytest.fixture(scope="module")
-def quantized(books6m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("evaluation") / "out"
-    awq.quantize(books6m, out, QuantConfig(method="rtn"), samples=1, seq_len=32)
-    return out
 
 
 @pytest.mark.parametrize("kind", ["float", "quantized"])
