@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Iterator
 
 # Tiny models gain nothing from threads, and on a busy machine threads that wait for one another lose tenfold.
 # Processes that tests start inherit it. It must be set before torch is imported.
@@ -68,3 +70,41 @@ def token_lists() -> list[list[int]]:
     generator = torch.Generator().manual_seed(2)
     lengths = (40, 40, 40, 33, 21, 40, 7, 1)
     return [torch.randint(3, 128, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.fixture
+def unanswered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test is a process of its own as to what was warned of."""
+    from awq.legacy import arguments
+
+    monkeypatch.setattr(arguments, "_answered", set())
+
+
+@pytest.fixture
+def silent() -> Iterator[None]:
+    """No warning of ours may appear."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".* has no effect: ")
+        yield
+
+
+@pytest.fixture(scope="session")
+def tokenizer(books6m: Path) -> Any:
+    """The trained model's."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(books6m, trust_remote_code=True)
+
+
+@pytest.fixture(scope="session")
+def quantized(books6m: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained model, as AutoAWQ's first example quantizes it."""
+    from autoawq_calls import QUANT_CONFIG, SMALL
+    from awq import AutoAWQForCausalLM
+
+    folder = tmp_path_factory.mktemp("surface") / "books6m-awq"
+    model = AutoAWQForCausalLM.from_pretrained(str(books6m), low_cpu_mem_usage=True, use_cache=False)
+    model.quantize(tokenizer, quant_config=QUANT_CONFIG, **SMALL)
+    model.save_quantized(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    return folder

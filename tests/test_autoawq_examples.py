@@ -1,73 +1,31 @@
-"""The calls of AutoAWQ's README and example scripts, on the bundled model and with text that is at hand."""
+"""The calls of AutoAWQ's README and examples that quantize, on the bundled model and text that is at hand."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
-from awq.utils.utils import get_best_device
-from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSpeechSeq2Seq,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
-from awq import AutoAWQForCausalLM, QuantConfig, auto_model
+from autoawq_calls import PROMPT, QUANT_CONFIG, SMALL, TEXTS, config_of
+from awq import AutoAWQForCausalLM
 from awq.auto_model import AWQModel
-from awq.errors import AlreadyQuantizedError, CalibrationError, ConfigError, OutputExistsError
-from awq.hf import load_quantized
-from awq.legacy import arguments
+from awq.errors import CalibrationError, ConfigError
 from awq.legacy.config import AwqConfig
 from awq.model.quantized import QuantizedCheckpoint
+from awq.nn import QuantLinear
 
-QUANT_CONFIG = {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}
-TEXTS = [
-    "The captain looked at the sea, and said nothing for a long time. " * 6,
-    "She opened the letter and read it twice, standing by the window of the old house.",
-    "It was a cold morning in March, and the road to the village was white with frost.",
-    "  ",
-]
-SMALL = {"calib_data": TEXTS, "max_calib_samples": 4, "max_calib_seq_len": 64}
-PROMPT = "The captain looked at the sea and"
-
-
-@pytest.fixture(autouse=True)
-def unanswered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test is a process of its own as to what was warned of."""
-    monkeypatch.setattr(arguments, "_answered", set())
-
-
-@pytest.fixture(scope="module")
-def tokenizer(books6m: Path) -> Any:
-    return AutoTokenizer.from_pretrained(books6m, trust_remote_code=True)
-
-
-@pytest.fixture(scope="module")
-def quantized(books6m: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What AutoAWQ's first example writes."""
-    folder = tmp_path_factory.mktemp("surface") / "books6m-awq"
-    model = AutoAWQForCausalLM.from_pretrained(str(books6m), low_cpu_mem_usage=True, use_cache=False)
-    model.quantize(tokenizer, quant_config=QUANT_CONFIG, **SMALL)
-    model.save_quantized(str(folder))
-    tokenizer.save_pretrained(str(folder))
-    return folder
-
-
-@pytest.fixture
-def silent() -> Iterator[None]:
-    """No warning of ours may appear."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".* has no effect: ")
-        yield
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
+_WHISPER = {"layers": 2, "attention_heads": 2, "ffn_dim": 64}
+pytestmark = pytest.mark.usefixtures("unanswered")
 
 
 # quantize.py, basic_quant.py, cli.py
@@ -94,83 +52,6 @@ def test_the_quantize_example_warns_of_nothing(
     model.quantize(tokenizer, QUANT_CONFIG, TEXTS, "train", "text", True, False, False, None, 2, 32)
     model.save_quantized(f"{tmp_path}/out/")
     assert config_of(tmp_path / "out")["quantization_config"]["bits"] == 4
-
-
-# generate.py, basic_generate.py, exllama_generate.py, marlin_generate.py
-
-
-def test_the_generate_example_streams_a_continuation(
-    quantized: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = AutoAWQForCausalLM.from_quantized(
-        str(quantized), torch_dtype=torch.float16, low_cpu_mem_usage=True, device_map="auto"
-    )
-    tokenizer = AutoTokenizer.from_pretrained(quantized)
-    inputs = tokenizer(PROMPT, return_tensors="pt").to(get_best_device())
-    output = model.generate(
-        **inputs,
-        do_sample=True,
-        max_new_tokens=8,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        eos_token_id=[tokenizer.eos_token_id],
-    )
-    assert model.dtype == torch.float16
-    assert output.shape[1] > inputs["input_ids"].shape[1]
-    assert capsys.readouterr().out.strip()
-
-
-def test_the_readmes_max_seq_len_limits_the_length(quantized: Path, tokenizer: Any) -> None:
-    with pytest.warns(UserWarning, match="fuse_layers has no effect"):
-        model = AutoAWQForCausalLM.from_quantized(str(quantized), fuse_layers=True)
-    tokens = tokenizer(PROMPT, return_tensors="pt").input_ids
-    longest = tokens.shape[1] + 3
-    assert model.generate(tokens, max_seq_len=longest, min_length=longest).shape[1] == longest
-
-
-def test_every_kernel_switch_gives_the_same_tokens(quantized: Path, tokenizer: Any) -> None:
-    tokens = tokenizer(PROMPT, return_tensors="pt").input_ids
-    plain = AutoAWQForCausalLM.from_quantized(str(quantized), fuse_layers=False)
-    expected = plain.generate(tokens, max_new_tokens=8)
-    for switch in ("use_exllama", "use_exllama_v2", "use_ipex", "use_qbits"):
-        with pytest.warns(UserWarning, match=f"{switch} has no effect"):
-            other = AutoAWQForCausalLM.from_quantized(str(quantized), fuse_layers=False, **{switch: True})
-        assert torch.equal(other.generate(tokens, max_new_tokens=8), expected)
-
-
-# benchmark.py: positional file name, max_new_tokens when loading, calls with a cache
-
-
-def test_the_benchmark_example_decodes_by_hand(quantized: Path, tokenizer: Any) -> None:
-    with pytest.warns(UserWarning, match="max_new_tokens has no effect"):
-        model = AutoAWQForCausalLM.from_quantized(
-            str(quantized), "model.safetensors", fuse_layers=False, max_new_tokens=4, batch_size=1
-        )
-    device = next(model.parameters()).device
-    ids = torch.randint(0, tokenizer.vocab_size, (2, 8))
-    out = model(torch.as_tensor(ids, device=device), use_cache=True)
-    token = out[0][:, -1].max(1)[1].unsqueeze(1)
-    assert token.shape == (2, 1)
-
-
-# eval.py
-
-
-def test_the_eval_example_measures_perplexity(
-    books6m: Path, quantized: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from awq.evaluation.eval_utils import evaluate_perplexity
-
-    from awq.calibration import read_text
-
-    datasets = pytest.importorskip("datasets", reason="an optional package of the product")
-    held_out = read_text("bundled")[:20_000]
-    rows = {"text": [held_out[:9000], held_out[9000:]]}
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows)
-    model = AutoAWQForCausalLM.from_quantized(str(quantized), "", fuse_layers=False)
-    assert 5 < evaluate_perplexity(model.model, tokenizer) < 200
-    with pytest.warns(UserWarning, match="safetensors has no effect"):
-        original = AutoAWQForCausalLM.from_pretrained(str(books6m), safetensors=False)
-    assert evaluate_perplexity(original.model, tokenizer) < evaluate_perplexity(model.model, tokenizer)
 
 
 # quant_custom_data.py, and the long-context example of the documentation
@@ -233,6 +114,55 @@ def test_modules_to_not_convert_are_left_float(
     assert "model.layers.1.mlp.down_proj.weight" in tensors
     assert ("model.layers.1.self_attn.o_proj.weight" in tensors) == (where == "both")
     assert "model.layers.1.mlp.up_proj.qweight" in tensors
+
+
+def test_the_mixtral_example_s_gate_is_the_router_and_no_part_of_the_experts(
+    tiny: Any, token_lists: Any, tmp_path: Path
+) -> None:
+    tiny("mixtral", num_key_value_heads=2, num_local_experts=4).save_pretrained(tmp_path / "model")
+    skip = ["gate"]
+    model = AutoAWQForCausalLM.from_pretrained(str(tmp_path / "model"), safetensors=True)
+    model.quantize(
+        None,
+        quant_config={**QUANT_CONFIG, "q_group_size": 32, "modules_to_not_convert": skip},
+        modules_to_not_convert=skip,
+        calib_data=token_lists,
+    )
+    model.save_quantized(str(tmp_path / "out"))
+    layers = QuantizedCheckpoint(tmp_path / "out").layers
+    assert sum(".experts." in name for name in layers) == 2 * 4 * 3
+    assert not [name for name in layers if name.endswith("gate")]
+
+
+def test_the_whisper_example_quantizes_the_decoder_and_the_rest_is_as_it_was(
+    token_lists: Any, tmp_path: Path
+) -> None:
+    sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in _WHISPER.items()}
+    config = WhisperConfig(
+        d_model=64, vocab_size=128, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes
+    )
+    torch.manual_seed(0)
+    original = WhisperForConditionalGeneration(config).eval()
+    original.save_pretrained(tmp_path / "model")
+    model = AutoAWQForCausalLM.from_pretrained(str(tmp_path / "model"), use_cache=False)
+    model.quantize(
+        None,
+        quant_config={**QUANT_CONFIG, "q_group_size": 32},
+        modules_to_not_convert=["encoder_attn", "encoder"],
+        calib_data=token_lists,
+    )
+    model.save_quantized(str(tmp_path / "out"))
+    loaded = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "out")
+    assert isinstance(loaded.model.decoder.layers[0].self_attn.q_proj, QuantLinear)
+    assert type(loaded.model.decoder.layers[0].encoder_attn.q_proj) is torch.nn.Linear
+    assert type(loaded.model.encoder.layers[0].self_attn.q_proj) is torch.nn.Linear
+    sound = {"input_features": torch.randn(1, 80, 3000), "decoder_input_ids": torch.tensor([[1, 5, 9]])}
+    with torch.no_grad():
+        heard, expected = (
+            loaded(**sound).encoder_last_hidden_state,
+            original(**sound).encoder_last_hidden_state,
+        )
+    assert torch.equal(heard, expected)
 
 
 # marlin_quant.py
@@ -412,168 +342,3 @@ def test_deriving_a_model_class_says_that_its_hooks_are_not_called() -> None:
             layer_type = "OwnDecoderLayer"
 
     assert OwnAWQForCausalLM.layer_type == "OwnDecoderLayer"
-
-
-# save_quantized
-
-
-@pytest.mark.parametrize(("size", "most"), [("2MB", 2 * 10**6), ("1MiB", 2**20), (3_000_000, 3_000_000)])
-def test_shard_size_is_honoured(quantized: Path, tmp_path: Path, size: str | int, most: int) -> None:
-    AutoAWQForCausalLM.from_quantized(str(quantized)).save_quantized(str(tmp_path / "out"), shard_size=size)
-    files = sorted((tmp_path / "out").glob("*.safetensors"))
-    assert len(files) > 1
-    whole = load_file(quantized / "model.safetensors")
-    largest = max(tensor.nbytes for tensor in whole.values())
-    found = {}
-    for file in files:
-        tensors = load_file(file)
-        assert sum(tensor.nbytes for tensor in tensors.values()) <= max(most, largest)
-        found |= tensors
-    assert found.keys() == whole.keys()
-    assert all(torch.equal(found[name], whole[name]) for name in whole)
-    again = AutoAWQForCausalLM.from_quantized(str(tmp_path / "out"))
-    assert again.is_quantized
-
-
-def test_a_size_without_meaning_is_refused(quantized: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="shard_size='large'"):
-        AutoAWQForCausalLM.from_quantized(str(quantized)).save_quantized(tmp_path, shard_size="large")
-
-
-def test_asking_for_pickles_warns_and_writes_safetensors(quantized: Path, tmp_path: Path) -> None:
-    model = AutoAWQForCausalLM.from_quantized(str(quantized))
-    with pytest.warns(UserWarning, match="safetensors has no effect"):
-        model.save_quantized(str(tmp_path / "out"), safetensors=False)
-    assert (tmp_path / "out/model.safetensors").exists()
-
-
-def test_a_tokenizer_saved_before_the_model_stays(quantized: Path, tokenizer: Any, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer_config.json").write_text('{"mine": true}')
-    AutoAWQForCausalLM.from_quantized(str(quantized)).save_quantized(str(tmp_path))
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == {"mine": True}
-    assert (tmp_path / "tokenizer.json").exists()
-
-
-def test_another_model_is_never_overwritten(quantized: Path, books6m: Path, tmp_path: Path) -> None:
-    shutil.copytree(books6m, tmp_path / "original")
-    before = (tmp_path / "original/model.safetensors").read_bytes()
-    with pytest.raises(OutputExistsError, match="holds another model"):
-        AutoAWQForCausalLM.from_quantized(str(quantized)).save_quantized(tmp_path / "original")
-    assert (tmp_path / "original/model.safetensors").read_bytes() == before
-
-
-def test_a_model_without_codes_is_not_saved(books6m: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nothing to save"):
-        AutoAWQForCausalLM.from_pretrained(books6m).save_quantized(tmp_path)
-
-
-# what the object is
-
-
-def test_the_float_model_answers_as_the_transformers_model_does(books6m: Path, tokenizer: Any) -> None:
-    model = AutoAWQForCausalLM.from_pretrained(str(books6m), torch_dtype=torch.float32)
-    assert model.config.model_type == model.model_type == "llama"
-    assert model.quant_config.to_dict() == AwqConfig().to_dict()
-    assert model.search_result is None and model.processor is None
-    assert model._model is None, "nothing so far needs the weights"
-    ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
-    expected = AutoModelForCausalLM.from_pretrained(books6m, dtype=torch.float32)(ids).logits
-    assert torch.equal(model.eval()(ids).logits, expected)
-    assert torch.equal(model.to("cpu")(ids).logits, expected)
-    assert model.train().training and not model.eval().training
-
-
-def test_the_dtype_of_the_float_model_is_the_dtype_saved(books6m: Path, tmp_path: Path) -> None:
-    model = AutoAWQForCausalLM.from_pretrained(str(books6m), torch_dtype=torch.float16)
-    model.quantize(None, QUANT_CONFIG, **SMALL)
-    model.save_quantized(str(tmp_path))
-    with safe_open(tmp_path / "model.safetensors", "pt") as tensors:
-        assert tensors.get_tensor("model.embed_tokens.weight").dtype == torch.float16
-    assert config_of(tmp_path)["dtype"] == "float16"
-
-
-def test_a_quantconfig_of_ours_counts_as_it_is(books6m: Path) -> None:
-    model = AutoAWQForCausalLM.from_pretrained(str(books6m))
-    model.quantize(None, QuantConfig(group_size=64, clip=False, method="rtn"), **SMALL)
-    assert model.report.config["method"] == "rtn" and model.report.config["clip"] is False
-    assert model.quant_config.q_group_size == 64
-
-
-def test_each_entry_point_names_the_other(books6m: Path, quantized: Path) -> None:
-    with pytest.raises(AlreadyQuantizedError, match="from_quantized"):
-        AutoAWQForCausalLM.from_pretrained(str(quantized))
-    with pytest.raises(ConfigError, match="from_pretrained"):
-        AutoAWQForCausalLM.from_quantized(str(books6m))
-    with pytest.raises(AlreadyQuantizedError, match="already"):
-        AutoAWQForCausalLM.from_quantized(str(quantized)).quantize(None, QUANT_CONFIG, **SMALL)
-    with pytest.raises(ConfigError, match="from_pretrained"):
-        AutoAWQForCausalLM()
-
-
-def test_another_weight_file_is_not_passed_over(quantized: Path) -> None:
-    with pytest.raises(ConfigError, match=r"quant_filename='awq_model_w4_g128.pt'"):
-        AutoAWQForCausalLM.from_quantized(str(quantized), "awq_model_w4_g128.pt")
-
-
-def test_an_argument_without_effect_warns_once_at_the_callers_line(quantized: Path) -> None:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            AutoAWQForCausalLM.from_quantized(str(quantized), max_seq_len=128, batch_size=4)
-    ours = [warning for warning in caught if "has no effect" in str(warning.message)]
-    assert sorted(str(warning.message).split()[0] for warning in ours) == ["batch_size", "max_seq_len"]
-    assert {warning.filename for warning in ours} == {__file__}
-
-
-def test_defaults_warn_of_nothing(quantized: Path, silent: None) -> None:
-    AutoAWQForCausalLM.from_quantized(str(quantized), "", 2048, False, safetensors=True)
-
-
-def test_placement_and_configuration_reach_the_loader(
-    quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: dict[str, Any] = {}
-
-    def record(folder: Path, **kwargs: Any) -> Any:
-        given.update(kwargs)
-        return load_quantized(folder, **kwargs)
-
-    monkeypatch.setattr(auto_model, "load_quantized", record)
-    placing = {
-        "device_map": "auto",
-        "max_memory": {"cpu": "1GB"},
-        "offload_folder": str(tmp_path / "offload"),
-    }
-    model = AutoAWQForCausalLM.from_quantized(
-        str(quantized), **placing, attn_implementation="eager", download_kwargs={"revision": "main"}
-    )
-    assert given == {
-        **placing,
-        "dtype": "auto",
-        "trust_remote_code": False,
-        "attn_implementation": "eager",
-    }
-    assert model.config._attn_implementation == "eager"
-
-
-def test_a_hub_name_is_fetched_with_the_download_options(
-    books6m: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: dict[str, Any] = {}
-
-    def fetch(name: str, **options: Any) -> str:
-        given.update(options, name=name)
-        return str(books6m)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    options = {"revision": "v1", "ignore_patterns": ["*.md"]}
-    model = AutoAWQForCausalLM.from_pretrained("owner/name", download_kwargs=options)
-    assert given["name"] == "owner/name" and options.items() <= given.items()
-    assert not [pattern for pattern in given["allow_patterns"] if pattern.endswith(".bin")]
-    assert model.model_type == "llama"
-
-
-def test_the_float_models_configuration_takes_use_cache(books6m: Path) -> None:
-    model = AutoAWQForCausalLM.from_pretrained(str(books6m), use_cache=True, attn_implementation="eager")
-    assert model.model.config.use_cache is True
-    assert model.model.config._attn_implementation == "eager"

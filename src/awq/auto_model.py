@@ -19,10 +19,10 @@ from accelerate.utils import convert_file_size_to_int
 
 from awq.config import QuantConfig
 from awq.errors import AlreadyQuantizedError, ConfigError, DiskFullError
-from awq.hf import is_awq, load_float, load_quantized
+from awq.folder_model import FolderModel
 from awq.legacy.arguments import answer, check_filename, check_quantizer, read_settings, take_version
 from awq.legacy.config import AwqConfig
-from awq.model.fetch import load_processor, resolve
+from awq.model.fetch import resolve
 from awq.model.weights import CheckpointReader, read_json
 from awq.pipeline import Report, publish, quantize
 from awq.pipeline.convert import convert
@@ -32,7 +32,7 @@ _CONVERTED = ("gemv", "gemv_fast")
 _CHUNK_MEMORY = 1024**3  # AutoAWQ's default, which asks for nothing
 
 
-class AWQModel:
+class AWQModel(FolderModel):
     """A model that can be quantized, saved, called and asked to generate: AutoAWQ's `BaseAWQForCausalLM`.
 
     Whatever is not defined here is looked up in the transformers model, which is loaded for it.
@@ -47,10 +47,8 @@ class AWQModel:
     def __init__(
         self, folder: Path, trust_remote_code: bool, loading: dict[str, Any], is_quantized: bool
     ) -> None:
-        self._folder, self._trust, self._loading = folder, trust_remote_code, loading
-        self._model: Any = None
+        super().__init__(folder, trust_remote_code, loading)
         self._work: tempfile.TemporaryDirectory[str] | None = None
-        self._result: Path | None = None
         self._quantize_again: Callable[[], None] | None = None
         self._quant_config: AwqConfig | None = None
         self.is_quantized = is_quantized
@@ -133,39 +131,6 @@ class AWQModel:
         model = cls(folder, trust_remote_code, {"dtype": torch_dtype, **placing, **config_kwargs}, True)
         _ = model.model  # loaded now: what is wrong with it should show here
         return model
-
-    @property
-    def model(self) -> Any:
-        """The transformers model, loaded when first asked for."""
-        if self._model is None:
-            folder = self._place()
-            load = load_quantized if is_awq(folder) else load_float
-            self._model = load(folder, trust_remote_code=self._trust, **self._loading)
-        return self._model
-
-    @property
-    def config(self) -> Any:
-        """The transformers configuration of the model; its weights are not loaded for it."""
-        if self._model is not None:
-            return self._model.config
-        from transformers import AutoConfig
-
-        return AutoConfig.from_pretrained(self._place(), trust_remote_code=self._trust)
-
-    @property
-    def model_type(self) -> str:
-        """`model_type` of config.json."""
-        return str(read_json(self._place() / "config.json").get("model_type"))
-
-    @property
-    def processor(self) -> Any:
-        """The processor of a model that takes more than text; None for others."""
-        folder = self._place()
-        if not any(
-            (folder / name).exists() for name in ("processor_config.json", "preprocessor_config.json")
-        ):
-            return None
-        return load_processor(folder, self._trust)
 
     @property
     def quant_config(self) -> AwqConfig:
@@ -312,49 +277,11 @@ class AWQModel:
             self._result, work, self._work = out, self._work, None
             work.cleanup()
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`generate` of the transformers model. `max_seq_len` is taken for its `max_length`."""
-        if "max_seq_len" in kwargs:
-            limit = kwargs.pop("max_seq_len")
-            if kwargs.get("max_new_tokens") is None:
-                kwargs.setdefault("max_length", limit)
-        return self.model.generate(*args, **kwargs)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The transformers model's output."""
-        return self.model(*args, **kwargs)
-
-    __call__ = forward
-
-    def to(self, device: Any) -> Any:
-        """The transformers model, moved to a device."""
-        return self.model.to(device)
-
-    def eval(self) -> AWQModel:
-        """This model in evaluation mode, which it is in from the start."""
-        if self._model is not None:
-            self._model.eval()
-        return self
-
-    def train(self, mode: bool = True) -> AWQModel:
-        """This model in training mode, or not."""
-        self.model.train(mode)
-        return self
-
     @staticmethod
     def fuse_layers(model: Any) -> None:
         """Does nothing: layers are not fused."""
         answer({"fuse_layers": True})
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self.model, name)
-
     def __repr__(self) -> str:
         kind = "quantized" if self.is_quantized else "float"
         return f"{type(self).__name__}({str(self._place())!r}, {kind})"
-
-    def _place(self) -> Path:
-        """The folder that holds the model as it is now."""
-        return self._result or self._folder

@@ -262,6 +262,9 @@ def test_demo_compares_both_methods_with_the_original(awq: Any, tmp_path: Path) 
     assert "KL to the original" in done.out
     for name, row in rows.items():
         assert f"{name}: {row['text']}" in done.out
+    other = awq("demo", "--samples", 1, "--windows", 2, "--out", tmp_path / "demo")
+    assert other.code == 1
+    assert "rtn holds a finished checkpoint" in other.err
 
 
 def test_folders_with_brackets_in_their_names_are_no_markup(awq: Any, original: Path, tmp_path: Path) -> None:

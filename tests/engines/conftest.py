@@ -68,7 +68,9 @@ def rounded_pair() -> Callable[..., tuple[Path, Path]]:
     return write_pair
 
 
-def write_pair(model: Any, folder: Path, left_float: Callable[[str], bool]) -> tuple[Path, Path]:
+def write_pair(
+    model: Any, folder: Path, left_float: Callable[[str], bool], symmetric: bool = False
+) -> tuple[Path, Path]:
     """Write a model's checkpoint with every 2-D weight rounded to codes in groups of 32, and its twin.
 
     The names are those that transformers saves, which are the hub's: each expert's layers by themselves.
@@ -77,6 +79,7 @@ def write_pair(model: Any, folder: Path, left_float: Callable[[str], bool]) -> t
         model: a model on the CPU.
         folder: where `awq`, the quantized checkpoint, and `float`, the values it stands for, are put.
         left_float: whether the layer of a name is no linear layer, or stays as it is.
+        symmetric: all zero points are 8, the middle code.
     """
     for name in ("awq", "float"):
         model.save_pretrained(folder / name)
@@ -89,7 +92,11 @@ def write_pair(model: Any, folder: Path, left_float: Callable[[str], bool]) -> t
             if tensor.dim() == 2 and "embed" not in stem:
                 skipped.append(stem)
             continue
-        codes = nearest(tensor.float(), *full_range(tensor.float(), 32), 4, torch.float16)
+        low, high = full_range(tensor.float(), 32)
+        if symmetric:
+            half = torch.maximum(-low / 8, high / 7)
+            low, high = -8 * half, 7 * half
+        codes = nearest(tensor.float(), low, high, 4, torch.float16)
         weight = QuantizedWeight(codes.codes, codes.scales, codes.zeros, 4)
         values[key] = weight.dequantize(tensor.dtype)
         stored |= {f"{stem}.{suffix}": part for suffix, part in gemm.pack(weight).items()}

@@ -9,6 +9,7 @@ runtime reads it, and at each place vLLM's choice must be ours or tied with it.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+import awq
 from awq import load_quantized
 
 pytestmark = [pytest.mark.engines, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -81,18 +83,15 @@ def agreement(model: Any, prompt: list[int], theirs: list[int], logprobs: list[f
     return Agreement(equal, float((own - torch.tensor(logprobs)).abs().max()))
 
 
-@pytest.mark.parametrize("options", [{"quantization": "awq"}, {}], ids=["named", "found"])
-def test_vllm_generates_our_runtime_s_tokens(
-    options: dict[str, Any], engine: Callable[..., Any], books_awq: Path, tmp_path: Path
-) -> None:
+def judge(engine: Callable[..., Any], folder: Path, work: Path, reference: Path, **options: Any) -> Any:
+    """Assert that vLLM generates from `folder` what our runtime does from `reference`; what it told."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(books_awq)
+    tokenizer = AutoTokenizer.from_pretrained(reference)
     prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
-    found = vllm(engine, "vllm_generate.py", books_awq, tmp_path, prompts, **options)
-    assert found["quantization"] == "awq"
+    found = vllm(engine, "vllm_generate.py", folder, work, prompts, **options)
     assert found["kernels"] == ["CPUWNA16LinearKernel"]
-    model = load_quantized(books_awq)
+    model = load_quantized(reference)
     assert model.dtype == torch.bfloat16
     results = [
         agreement(model, prompt, tokens, logprobs)
@@ -100,6 +99,54 @@ def test_vllm_generates_our_runtime_s_tokens(
     ]
     assert max(result.equal for result in results) == TOKENS
     assert max(result.difference for result in results) < TIE
+    return found
+
+
+@pytest.mark.parametrize("options", [{"quantization": "awq"}, {}], ids=["named", "found"])
+def test_vllm_generates_our_runtime_s_tokens(
+    options: dict[str, Any], engine: Callable[..., Any], books_awq: Path, tmp_path: Path
+) -> None:
+    found = judge(engine, books_awq, tmp_path, books_awq, **options)
+    assert found["quantization"] == "awq"
+
+
+def test_vllm_generates_the_same_tokens_from_the_compressed_tensors_export(
+    engine: Callable[..., Any], books_awq: Path, tmp_path: Path
+) -> None:
+    awq.export(books_awq, tmp_path / "compressed", "compressed-tensors")
+    found = judge(engine, tmp_path / "compressed", tmp_path, books_awq)
+    assert found["quantization"] == "compressed-tensors"
+
+
+@pytest.fixture(scope="module")
+def symmetric(books6m: Path, rounded_pair: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained model rounded to symmetric codes in groups of 32, with its tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(books6m, dtype="auto")
+    work = tmp_path_factory.mktemp("symmetric")
+    folder, _ = rounded_pair(model, work, lambda stem: "embed" in stem, symmetric=True)
+    for file in books6m.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.mark.parametrize("target", ["gptq", "gptq_v2"])
+def test_vllm_generates_the_same_tokens_from_symmetric_codes_in_gptq_s_layout(
+    target: str, engine: Callable[..., Any], symmetric: Path, tmp_path: Path
+) -> None:
+    awq.convert(symmetric, tmp_path / target, target)
+    found = judge(engine, tmp_path / target, tmp_path, symmetric)
+    assert found["quantization"] == "auto_gptq"
+
+
+def test_vllm_refuses_asymmetric_codes_in_gptq_s_layout(
+    engine: Callable[..., Any], books_awq: Path, tmp_path: Path
+) -> None:
+    """What `docs/formats.md` says of it; a new release may take them."""
+    awq.convert(books_awq, tmp_path / "gptq", "gptq_v2")
+    with pytest.raises(AssertionError, match="Unsupported quantization config: bits=4, sym=False"):
+        vllm(engine, "vllm_generate.py", tmp_path / "gptq", tmp_path, [[5, 9]])
 
 
 # Every token goes to all four experts, with the router's weights: were two of them chosen, rounding would

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from awq.errors import CalibrationError, ConfigError, MissingDependencyError
+from awq.errors import ConfigError
 from awq.formats import gemm
 from awq.legacy import objects
 from awq.legacy.config import AwqConfig
@@ -83,20 +81,6 @@ def test_calibration_samples_are_rows_of_ids() -> None:
 def test_the_model_type_is_read_without_running_code(books6m: Path) -> None:
     assert objects.check_and_get_model_type(str(books6m)) == "llama"
     assert "llama" in objects.AWQ_CAUSAL_LM_MODEL_MAP
-
-
-def test_wikitext_that_cannot_be_had_is_answered_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets", reason="an optional package of the product")
-
-    def unreachable(*args: Any, **kwargs: Any) -> None:
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(CalibrationError, match="no route; `awq eval MODEL --text FILE`"):
-        objects.evaluate_perplexity(None, None)
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MissingDependencyError, match=r"openawq\[datasets\]"):
-        objects.evaluate_perplexity(None, None)
 
 
 def test_the_configuration_goes_to_each_spelling_and_back(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from awq.model.quantized import QuantizedCheckpoint
 from awq.pipeline.convert import TARGETS
 from awq.pipeline.journal import WORK_FOLDER
 from awq.pipeline.writer import ShardWriter
+from awq.weight import QuantizedWeight
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +115,23 @@ def test_mlx_gives_the_codes_back_and_casts_the_rest(source: Path, tmp_path: Pat
     for name in before:
         if name.rpartition(".")[2] in ("qweight", "qzeros", "scales"):
             assert torch.equal(before[name], after[name]), name
+
+
+@pytest.mark.parametrize("target", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gptq_s_configuration_says_whether_every_zero_point_is_the_middle_code(
+    symmetric: bool, target: str, source: Path, tmp_path: Path
+) -> None:
+    first = iter([8 if symmetric else 7])
+
+    def change(weight: QuantizedWeight) -> None:
+        weight.zeros.fill_(8)
+        weight.zeros[0, 0] = next(first, 8)
+
+    folder = Path(shutil.copytree(source, tmp_path / "middle"))
+    _edit(folder, change)
+    awq.convert(folder, tmp_path / "out", target)
+    assert config_of(tmp_path / "out")["quantization_config"]["sym"] is symmetric
 
 
 def test_untouched_tensors_and_files_are_carried_over(source: Path, tmp_path: Path) -> None:
@@ -214,9 +232,18 @@ def test_a_finished_checkpoint_is_overwritten_on_purpose_only(source: Path, tmp_
     assert (tmp_path / "out" / "notes.txt").exists()
 
 
-@pytest.mark.parametrize("target", ["gemm", "marlin", "float", "nonsense"])
-def test_a_target_without_meaning_is_refused(target: str, source: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=target):
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("gemm", "in the gemm layout already"),
+        ("marlin", "no engine reads it from disk: .* arrange `gemm`"),
+        ("exllama", "on disk it is `gemm`"),
+        ("float", "'float' is unknown"),
+        ("nonsense", "'nonsense' is unknown"),
+    ],
+)
+def test_a_target_without_meaning_is_refused(target: str, reason: str, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=reason):
         awq.convert(source, tmp_path / "out", target)
 
 

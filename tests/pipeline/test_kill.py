@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from awq.pipeline.journal import WORK_FOLDER
+from awq.pipeline.journal import WORK_FOLDER, is_finished
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here")
 BLOCKS = 6
@@ -114,11 +114,6 @@ def blocks_done(out: Path) -> int:
         return len(json.loads((out / WORK_FOLDER / "journal.json").read_text())["blocks"])
     except FileNotFoundError:
         return -1
-
-
-def is_finished(out: Path) -> bool:
-    """Whether nothing is left to be done: a kill may come after all work, while the process is ending."""
-    return (out / "config.json").exists() and not (out / WORK_FOLDER / "journal.json").exists()
 
 
 def wait_for_blocks(out: Path, number: int, running: Callable[[], bool]) -> None:
@@ -225,3 +220,25 @@ def test_the_command_as_a_person_starts_it_survives_a_kill_and_an_interruption(
     assert process.returncode == 0, errors
     assert "blocks were done before" in told
     assert contents(out) == unbroken
+
+
+@pytest.mark.slow
+def test_a_demo_killed_between_its_two_quantizations_goes_on_with_the_second(tmp_path: Path) -> None:
+    demo = [sys.executable, "-m", "awq.cli.main", "demo", "--samples", "4", "--windows", "2"]
+    demo += ["--out", str(tmp_path / "out")]
+    first, second = tmp_path / "out/rtn", tmp_path / "out/awq"
+
+    def killed_when_finished(folder: Path) -> str:
+        process = subprocess.Popen(demo, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        while not is_finished(folder) and process.poll() is None:
+            time.sleep(0.001)
+        process.kill()
+        told, _ = process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL, told
+        return told
+
+    killed_when_finished(first)
+    assert not (second / "config.json").exists()
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
+    assert f"{first} is finished already" in killed_when_finished(second)
+    assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == before

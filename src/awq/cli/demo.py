@@ -17,6 +17,7 @@ from awq.cli.quantize import Display, size
 from awq.errors import ConfigError
 
 _PROMPT = "The captain looked at the sea and"
+_SEQ_LEN = 256
 
 
 def command(
@@ -48,23 +49,45 @@ def command(
 def _quantize(
     printer: Console, original: str, folders: dict[str, str], samples: int, overwrite: bool
 ) -> None:
+    from awq.calibration import load_calibration
     from awq.config import QuantConfig
     from awq.pipeline import quantize
 
     quiet_libraries()
+    tokenizer = load_tokenizer(original)
+    calibration = load_calibration("bundled", tokenizer, samples=samples, seq_len=_SEQ_LEN).describe()
     for name, method in (("plain rounding", "rtn"), ("AWQ", "awq")):
-        printer.print(f"Quantizing {original} by {name} …")
         config = QuantConfig(method=method)  # type: ignore[arg-type]
+        if not overwrite and _is_done(Path(folders[name]), Path(original), config.to_dict(), calibration):
+            printer.print(f"{folders[name]} is finished already.")
+            continue
+        printer.print(f"Quantizing {original} by {name} …")
         with Display(printer) as display:
             quantize(
                 original,
                 folders[name],
                 config,
+                tokenizer=tokenizer,
                 samples=samples,
-                seq_len=256,
+                seq_len=_SEQ_LEN,
                 overwrite=overwrite,
                 progress=display,
             )
+
+
+def _is_done(folder: Path, original: Path, config: dict[str, Any], calibration: str) -> bool:
+    """Whether an earlier run, which may have been killed behind it, left this very checkpoint here."""
+    from awq.model import read_json
+    from awq.pipeline.finish import REPORT_NAME
+    from awq.pipeline.journal import is_finished
+
+    if not is_finished(folder) or not (folder / REPORT_NAME).exists():
+        return False
+    found = read_json(folder / "config.json")
+    found.pop("quantization_config", None)
+    report = read_json(folder / REPORT_NAME)
+    made = (report.get("config"), report.get("plan", {}).get("calibration"))
+    return found == read_json(original / "config.json") and made == (config, calibration)
 
 
 def _judge(folders: dict[str, str], windows: int) -> dict[str, dict[str, Any]]:

@@ -194,7 +194,12 @@ def _only_four(bits: Any, layout: str) -> int:
 
 
 def entry_for(
-    layout: str, bits: int, group_size: int, skipped: list[str], quantized_head: bool = False
+    layout: str,
+    bits: int,
+    group_size: int,
+    skipped: list[str],
+    quantized_head: bool = False,
+    symmetric: bool = False,
 ) -> dict[str, Any]:
     """What `config.json` must say about a checkpoint in a layout: `{key: value}`, empty for plain weights.
 
@@ -204,6 +209,8 @@ def entry_for(
         group_size: -1 for the whole row.
         skipped: full paths of every linear layer left float.
         quantized_head: the output head holds codes too.
+        symmetric: every zero point is the middle code. Engines whose GPTQ kernels know nothing else refuse a
+            checkpoint that does not say so.
     """
     if layout == "float":
         return {}
@@ -219,7 +226,7 @@ def entry_for(
             "bits": bits,
             "group_size": group_size,
             "desc_act": False,
-            "sym": False,
+            "sym": symmetric,
             "lm_head": quantized_head,
             "checkpoint_format": layout,
         }

@@ -5,7 +5,8 @@ For a linear layer of K inputs and N outputs with groups of g inputs:
     qweight  int32   [K / 16, 2 * N]  codes in tiles of 16 x 16, permuted within four tiles
     scales   float16 [K / g, N]       permuted within 64 columns (32 when a row is one group)
 
-There are no zero points: each one is 8.
+There are no zero points: each one is 8. Engines have kernels that take zero points too, and no layout on disk
+for them: they arrange the tensors of a GEMM checkpoint when they load it.
 Source: the Marlin kernel, and AutoAWQ 0.2.9.
 """
 
@@ -66,7 +67,10 @@ def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
     """
     refuse(supports(weight.out_features, weight.in_features, weight.group_size, weight.bits))
     if bool((weight.zeros != 8).any()):
-        raise ConfigError("a zero point is not 8: the marlin layout holds symmetric codes only")
+        raise ConfigError(
+            "a zero point is not 8: the marlin layout holds symmetric codes only; use gemm, which engines "
+            "arrange for Marlin when they load it"
+        )
     rows, columns = weight.in_features // _TILE, weight.out_features // _TILE
     tiles = weight.codes.t().reshape(rows, _TILE, columns, _TILE).transpose(1, 2)
     fours = tiles.reshape(-1, 4 * _TILE * _TILE)[:, _tile_order()]

@@ -13,7 +13,6 @@ from transformers.quantizers.base import HfQuantizer
 
 from awq.errors import ConfigError, LoadError
 from awq.formats.detect import detect
-from awq.hf import registration
 from awq.hf.differences import told
 from awq.hf.replace import Stored, replace_layers
 from awq.model.conv1d import conv1d_of
@@ -193,7 +192,3 @@ def _save_experts_apart(model: Any) -> None:
     rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightConverter)]
     used = [rule for rule in model._weight_conversions if not isinstance(rule, WeightConverter)]
     model._weight_conversions = used + rules
-
-
-# If this module was imported before transformers, the table of quantizers was made before the class was.
-registration.retry()

@@ -19,6 +19,9 @@ from typing import Any
 _CONFIG = "transformers.utils.quantization_config"
 _TABLE = "transformers.quantizers.auto"
 _PEFT = "peft.utils.transformers_weight_conversion"
+# Ours imports transformers. Whoever imports it first has the table made before the class that goes into it,
+# so the table is seen to when our module is complete.
+_OURS = "awq.hf.quantizer"
 
 # What was replaced, by the module it is in.
 _stock: dict[str, Any] = {}
@@ -28,12 +31,11 @@ def register() -> None:
     """Let transformers load AWQ checkpoints through OpenAWQ from now on; done by `import awq`."""
     if _watcher not in sys.meta_path:
         sys.meta_path.insert(0, _watcher)
-    retry()
+    _extend_imported()
 
 
-def retry() -> None:
-    """Take care of what has been imported meanwhile, if registered."""
-    for name in _ACTIONS if _watcher in sys.meta_path else ():
+def _extend_imported() -> None:
+    for name in _ACTIONS:
         module = sys.modules.get(name)
         if module is not None and not _is_incomplete(module):
             _extend(name, module)
@@ -48,9 +50,9 @@ def unregister() -> None:
 
 
 def _extend(name: str, module: ModuleType) -> None:
-    ours = sys.modules.get("awq.hf.quantizer")
+    ours = sys.modules.get(_OURS)
     if name in _stock or (ours is not None and not hasattr(ours, "AwqQuantizer")):
-        return  # done before, or called from within our own module, which calls `retry` when it is complete
+        return  # done before, or called from within our own module
     _stock[name] = _ACTIONS[name][0](module)
 
 
@@ -108,7 +110,7 @@ class _Watcher(importlib.abc.MetaPathFinder):
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The spec of a watched module, whose loader calls us back; None for any other."""
-        if name not in _ACTIONS:
+        if name not in _ACTIONS and name != _OURS:
             return None
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(name, path, target)
@@ -121,7 +123,11 @@ class _Watcher(importlib.abc.MetaPathFinder):
 
 def _execute(execute: Callable[[ModuleType], None], module: ModuleType) -> None:
     execute(module)
-    if _watcher in sys.meta_path:
+    if _watcher not in sys.meta_path:
+        return
+    if module.__name__ == _OURS:
+        _extend_imported()
+    else:
         _extend(module.__name__, module)
 
 

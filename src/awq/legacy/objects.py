@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from awq.auto_model import AWQModel
 from awq.calibration import load_calibration, rows_of
-from awq.errors import CalibrationError, ConfigError, MissingDependencyError
-from awq.evaluate import perplexity
+from awq.errors import ConfigError
 from awq.formats import gemm
 from awq.legacy.arguments import AwqQuantizer as AwqQuantizer
 from awq.model.fetch import resolve
@@ -86,30 +85,6 @@ def get_calib_dataset(
         text_column=text_column,
     )
     return [row.unsqueeze(0) for sample in found.samples for row in rows_of(sample)]
-
-
-def evaluate_perplexity(model: Any, tokenizer: Any) -> float:
-    """Perplexity on the test split of WikiText-2, in windows of 2048 tokens; fetched from the hub.
-
-    Raises:
-        MissingDependencyError: `datasets` is not installed.
-        CalibrationError: the text cannot be fetched.
-    """
-    other = "`awq eval MODEL --text FILE` takes a local text"
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"WikiText needs the `datasets` package: pip install 'openawq[datasets]'; {other}"
-        ) from error
-    try:
-        rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"]
-    except Exception as error:  # the library and the network raise many kinds
-        first = str(error).splitlines()[:1]
-        raise CalibrationError(f"WikiText cannot be fetched: {' '.join(first)}; {other}") from error
-    ids = torch.tensor(tokenizer("\n\n".join(rows), verbose=False)["input_ids"])
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
-    return perplexity(model, ids, window=min(2048, limit), batch_size=1).value
 
 
 def dequantize_gemm(

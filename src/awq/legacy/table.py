@@ -45,7 +45,6 @@ _TARGETS = {
             "check_and_get_model_type",
             "clear_memory",
             "dequantize_gemm",
-            "evaluate_perplexity",
             "get_best_device",
             "get_calib_dataset",
             "ipex_available",
@@ -53,6 +52,10 @@ _TARGETS = {
         )
     },
     "get_device": f"{_OBJECTS}:get_best_device",
+    **{
+        name: f"awq.legacy.evaluation:{name}"
+        for name in ("eval_librispeech", "eval_mmlu", "evaluate_perplexity")
+    },
 }
 
 _FUSED = (
@@ -75,8 +78,6 @@ _REASONS = {
     "ScaledActivation": "scales are not folded through activation functions: engines cannot load such layers",
     "WQLinearMMFunction": _KERNELS,
     "TRANSFORMERS_AUTO_MAPPING_DICT": "the class is found from the model's own config.json",
-    "eval_mmlu": _TASKS.replace("…", "mmlu"),
-    "eval_librispeech": "speech models are not judged here; use the `evaluate` package on their transcripts",
     "get_lowest_memory_device_index": "device_map='auto' of from_quantized spreads a model over the devices",
     "simple_dispatch_model": "device_map of from_quantized places a model",
     "compute_memory_used_pct": "torch.cuda.max_memory_allocated(device) tells",

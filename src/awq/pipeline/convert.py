@@ -39,6 +39,12 @@ from awq.pipeline.writer import (
 TARGETS = ("gemm", "gemv", "gemv_fast", "llm_awq", "gptq", "gptq_v2", "compressed-tensors", "mlx")
 # Layouts whose readers would turn the layers of a GPT-2 as they turn its float weights.
 _NO_CONV1D = ("compressed-tensors", "mlx")
+# Layouts that are only read, and why.
+_READ_ONLY = {
+    "marlin": "no engine reads it from disk: those with Marlin kernels arrange `gemm` for them as they load, "
+    "zero points included, and AutoAWQ's own layout had no place for zero points",
+    "exllama": "on disk it is `gemm`",
+}
 _AWQ_LAYOUTS = ("gemm", "gemv", "gemv_fast", "llm_awq", "marlin")
 Told = Callable[[int, int], None]
 
@@ -85,6 +91,8 @@ def convert(
         MissingFileError, CorruptFileError: the checkpoint is damaged, or holds what has no exact form.
         OutputError: the output folder cannot be written, or is not empty.
     """
+    if to in _READ_ONLY:
+        raise ConfigError(f"the {to} layout is not written: {_READ_ONLY[to]}")
     if to not in TARGETS:
         raise ConfigError(f"target {to!r} is unknown; choose one of: {', '.join(TARGETS)}")
     source = QuantizedCheckpoint(resolve(checkpoint))
@@ -137,6 +145,7 @@ class _Job:
         # MLX computes in the scales' dtype, and wants every float tensor in it.
         self.dtype = self._scales_dtype(next(iter(source.layers.values()))) if to == "mlx" else dtype
         self.group_size = self._group_size()
+        self.symmetric = True  # until a zero point is seen that is not the middle code
         # Either a tensor that is copied, by its key, or a layer at the place of its first tensor.
         self.items: list[str | Layer] = []
         unused = sorted(source.reader.unused)
@@ -209,6 +218,7 @@ class _Job:
             values = values.t().contiguous() if layer.name in self.turned else values
             return {"weight": cast(values, dtype, layer.name)}
         weight = self.source.weight(layer.name)
+        self.symmetric = self.symmetric and bool((weight.zeros == 8).all())
         try:
             return self.layout.pack(dataclasses.replace(weight, scales=exact_scales(weight.scales, dtype)))
         except ConfigError as error:
@@ -260,7 +270,7 @@ class _Job:
         if self.dtype is not None:
             value.pop("torch_dtype", None)
             value["dtype"] = str(self.dtype).removeprefix("torch.")
-        return value | entry_for(self.to, 4, self.group_size, skipped, head is not None)
+        return value | entry_for(self.to, 4, self.group_size, skipped, head is not None, self.symmetric)
 
     def _notes(self) -> list[str]:
         notes = []

@@ -152,6 +152,11 @@ def check_output(out: Path, settings: dict[str, Any], overwrite: bool) -> Journa
     return None
 
 
+def is_finished(out: Path) -> bool:
+    """Whether a folder holds a checkpoint that no run has anything left to do on."""
+    return (out / "config.json").exists() and not (out / WORK_FOLDER / _JOURNAL).exists()
+
+
 def remove_result(path: Path) -> None:
     """Overwriting removes what a checkpoint consists of, and leaves everything else alone."""
     if path.is_file() and (path.suffix == ".safetensors" or path.name.endswith(".json")):

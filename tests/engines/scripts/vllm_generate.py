@@ -46,7 +46,8 @@ def main(out: str, folder: str, request_file: str) -> None:
 
 def record_kernels() -> set[str]:
     """The classes of the kernels that quantized layers were given, as they are chosen."""
-    from vllm.model_executor.layers.quantization import auto_awq
+    from vllm.model_executor.layers.quantization import auto_awq, auto_gptq
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_wNa16
 
     chosen: set[str] = set()
     choose = auto_awq.choose_mp_linear_kernel
@@ -56,7 +57,8 @@ def record_kernels() -> set[str]:
         chosen.add(kernel.__name__)
         return kernel
 
-    auto_awq.choose_mp_linear_kernel = note
+    for module in (auto_awq, auto_gptq, compressed_tensors_wNa16):
+        module.choose_mp_linear_kernel = note
     return chosen
 
 
