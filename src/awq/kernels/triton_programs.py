@@ -6,8 +6,8 @@ words therefore gives four tiles of codes, each an operand of a matrix product a
 nor sent through shared memory again. A plane never crosses a group, for PLANE divides the group size.
 
 `pairs` `[groups, out_features]` holds a scale and a zero point in one int32: the bits of a float32, of which
-the lowest four are the zero point. Code - zero is exact in the activations' type; products are added up in float32 group
-by group, and the scale is applied to the sum, so no weight is ever rounded.
+the lowest four are the zero point. Code - zero is exact in the activations' type; products are added up in
+float32 group by group, and the scale is applied to the sum, so no weight is ever rounded.
 
 Sums that several programs share are written down and added in a fixed order by the last one to arrive: the
 same inputs give the same bits, whatever the order in which programs run.
