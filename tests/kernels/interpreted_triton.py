@@ -12,9 +12,10 @@ import pytest
 import torch
 from test_kernels import exact, inputs_for, random_weight, relative
 
-from awq.kernels import triton_int4
+from awq.kernels import triton_int4, triton_panel
 from awq.kernels.triton_int4 import TritonInt4
 from awq.kernels.triton_table import Device, Launch, launch_for
+from awq.search import rounding
 
 KERNEL = TritonInt4()
 # Groups that fill a chunk of words, share it, cross it, and lie in a chunk that is not full.
@@ -94,3 +95,18 @@ def test_a_share_may_have_less_to_do_than_the_others_or_nothing() -> None:
         launch = Launch(32, 64, 4, 3, columns=64, split=split)
         got = triton_int4._multiply(inputs, state, launch, ptx=False)
         assert relative(got, exact(weight, inputs)) < 6e-4
+
+
+@pytest.mark.parametrize(("channels", "out"), [(1, 3), (24, 40)])
+def test_a_panel_is_rounded_as_by_plain_pytorch(channels: int, out: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(64, channels, generator=generator)
+    upper = rounding.inverse_factor(inputs.t() @ inputs / 64)
+    # Quarters of a step: many values lie half-way between two codes, and some outside of the range.
+    rest = torch.randint(-20, 60, (channels, out), generator=generator) / 4
+    scales = torch.rand(channels, out, generator=generator).round(decimals=0) + 1
+    zeros = torch.randint(0, 16, (channels, out), generator=generator).float()
+    expected, got = rest.clone(), rest.clone()
+    plain = rounding.round_panel(expected, upper, scales, zeros, 15)
+    assert torch.equal(triton_panel.round_panel(got, upper, scales, zeros, 15), plain)
+    assert torch.allclose(got, expected, rtol=1e-5, atol=1e-6)

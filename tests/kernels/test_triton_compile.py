@@ -50,6 +50,11 @@ def compiled(gpu: Gpu, program: str, dtype: torch.dtype, constants: dict[str, An
         "pairs_ptr": "*i32",
         "partial_ptr": "*fp32",
         "counters_ptr": "*i32",
+        "rest_ptr": "*fp32",
+        "upper_ptr": "*fp32",
+        "scales_ptr": "*fp32",
+        "zeros_ptr": "*fp32",
+        "codes_ptr": "*u8",
         "x_ptr": floats,
         "out_ptr": floats,
     }
@@ -57,7 +62,7 @@ def compiled(gpu: Gpu, program: str, dtype: torch.dtype, constants: dict[str, An
         name: "constexpr" if name in constants else pointers.get(name, "i32") for name in function.arg_names
     }
     # What Triton finds out at a launch: addresses and measures divide by 16.
-    free = ("rows", "steps")
+    free = ("rows", "steps", "channels", "levels")
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())
@@ -139,4 +144,11 @@ def test_codes_are_read_ahead_and_multiplied_by_the_matrix_units() -> None:
 def test_dequantizing_compiles(gpu: Gpu, tmp_path: Path) -> None:
     constants = {"GROUP": 128, "PLANE": 64, "WHOLE": True, "BLOCK_N": 32, "PTX": not gpu.device.hip}
     kernel = compiled(gpu, "dequantize", torch.bfloat16, constants, Launch(0, 32, 4, 3))
+    assert spilled_bytes(kernel, gpu, tmp_path) == 0
+
+
+@pytest.mark.parametrize("gpu", [H100, GPUS[4]], ids=lambda gpu: gpu.name)
+def test_rounding_a_panel_compiles(gpu: Gpu, tmp_path: Path) -> None:
+    constants = {"WIDEST": 128, "BLOCK": 32}
+    kernel = compiled(gpu, "round_panel", torch.float32, constants, Launch(0, 32, 1, 3))
     assert spilled_bytes(kernel, gpu, tmp_path) == 0

@@ -249,3 +249,38 @@ def dequantize(
         values = codes.to(tl.float32) * _scales_of(pairs)[:, None]
         out_at = out_ptr + row * in_features + channel + column
         tl.store(out_at, values.to(out_ptr.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit(do_not_specialize=["channels", "levels"])
+def round_panel(
+    rest_ptr,
+    upper_ptr,
+    scales_ptr,
+    zeros_ptr,
+    codes_ptr,
+    channels,
+    out_features,
+    levels,
+    WIDEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Round channel after channel, moving each one's error to those behind it; `rest` becomes the errors."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.arange(0, WIDEST)
+    inside = n < out_features
+    cells = channel.to(tl.int64)[:, None] * out_features + n[None, :]
+    rest = tl.load(rest_ptr + cells, mask=(channel < channels)[:, None] & inside[None, :], other=0.0)
+    for i in range(channels):
+        here = i * out_features + n
+        value = tl.sum(tl.where((channel == i)[:, None], rest, 0.0), 0)
+        scales = tl.load(scales_ptr + here, mask=inside, other=1.0)
+        zeros = tl.load(zeros_ptr + here, mask=inside, other=0.0)
+        code = tl.minimum(tl.maximum(zeros + tl.div_rn(value, scales), 0.0), levels)
+        # To the nearest whole number, halves to the even one: what is added leaves no bits for fractions.
+        code = (code + 12582912.0) - 12582912.0
+        row = tl.load(upper_ptr + i * channels + channel, mask=channel < channels, other=0.0)
+        pivot = tl.load(upper_ptr + i * channels + i)
+        error = tl.div_rn(value - (code - zeros) * scales, tl.zeros_like(value) + pivot)
+        rest -= tl.where(channel > i, row, 0.0)[:, None] * error[None, :]
+        tl.store(codes_ptr + here, code.to(tl.uint8), mask=inside)
+        tl.store(rest_ptr + here, error, mask=inside)
