@@ -12,6 +12,7 @@ from awq.errors import KernelError
 from awq.kernels.cpu_int4 import CpuInt4
 from awq.kernels.spec import LayerSpec
 from awq.kernels.torch_dequant import TorchDequant
+from awq.kernels.triton_int4 import TritonInt4
 from awq.weight import QuantizedWeight
 
 __all__ = ["Choice", "Kernel", "LayerSpec", "choose", "kernel_named", "kernel_names"]
@@ -20,9 +21,9 @@ __all__ = ["Choice", "Kernel", "LayerSpec", "choose", "kernel_named", "kernel_na
 class Kernel(Protocol):
     """A way to multiply.
 
-    A kernel owns its arrangement of the codes; scales and zero points are few and kept beside it. Its state,
-    a `state_type`, is a named tuple of tensors, `scales` and `zeros` among them, then whole numbers, so that
-    any kernel can be handed through an operator of PyTorch.
+    A kernel owns its arrangement of the codes. Its state, a `state_type`, is a named tuple of tensors, then
+    whole numbers, so that any kernel can be handed through an operator of PyTorch; its `scales` and `zeros`
+    `[out_features, groups]`, fields or computed, are those of the weight.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Kernel(Protocol):
 
 
 # Fastest first; the last one serves everything and is what the others are tested against.
-_KERNELS: tuple[Kernel, ...] = (CpuInt4(), TorchDequant())
+_KERNELS: tuple[Kernel, ...] = (CpuInt4(), TritonInt4(), TorchDequant())
 
 
 @dataclasses.dataclass(frozen=True)

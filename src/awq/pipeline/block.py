@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from awq.config import QuantConfig
+from awq.kernels.triton_panel import panel_for
 from awq.model.groups import Fold, Structure, linears_of, scale_rows
 from awq.model.invariance import apply
 from awq.pipeline.observe import Batch
@@ -28,6 +29,7 @@ from awq.search import (
     search_clip,
     search_scale,
 )
+from awq.search.rounding import round_panel
 from awq.search.scale import expand
 
 # Most weights of layers with a common input that are rounded together (float32: 1 GB).
@@ -245,7 +247,8 @@ def _round(
         else:
             low, high = full_range(weight, size)
         if compensate:
-            stacked = gptq(weight, seen, low, high, config.bits, dtype)
+            panel = panel_for(weight.device) or round_panel
+            stacked = gptq(weight, seen, low, high, config.bits, dtype, panel)
         else:
             stacked = nearest(weight, low, high, config.bits, dtype)
         rows = [linears[name].out_features for name in members]

@@ -10,6 +10,7 @@ still to come, along the inverse of G. Ranges are fixed beforehand, so channels 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ from awq.search.gram import InputStats
 _DAMPING = 0.01
 # Channels rounded before their errors are passed on together; a matter of speed alone.
 _PANEL = 128
+# Rounds a panel, as `round_panel` below.
+Panel = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 
 class Codes(NamedTuple):
@@ -98,8 +101,36 @@ def inverse_factor(gram: Tensor) -> Tensor:
         damping *= 10
 
 
+def round_panel(rest: Tensor, upper: Tensor, scales: Tensor, zeros: Tensor, levels: int) -> Tensor:
+    """Round a panel of channels one after another; each one's error moves to those behind it.
+
+    Args:
+        rest: float32 `[channels, out]`, what is to be rounded; replaced by the errors.
+        upper: float32 `[channels, channels]`, the panel's part of the factor.
+        scales, zeros: float32 `[channels, out]`.
+
+    Returns:
+        Codes, uint8 `[channels, out]`.
+    """
+    codes = torch.empty_like(rest, dtype=torch.uint8)
+    for i in range(rest.shape[0]):
+        code = torch.addcdiv(zeros[i], rest[i], scales[i]).round_().clamp_(0, levels)
+        codes[i] = code
+        value = code.sub_(zeros[i]).mul_(scales[i])
+        error = rest[i].sub_(value).div_(upper[i, i])
+        if i + 1 < rest.shape[0]:
+            rest[i + 1 :].addr_(upper[i, i + 1 :], error, alpha=-1)
+    return codes
+
+
 def gptq(
-    weight: Tensor, stats: InputStats, low: Tensor, high: Tensor, bits: int, dtype: torch.dtype
+    weight: Tensor,
+    stats: InputStats,
+    low: Tensor,
+    high: Tensor,
+    bits: int,
+    dtype: torch.dtype,
+    panel: Panel = round_panel,
 ) -> Codes:
     """Round with error compensation (GPTQ) inside fixed ranges.
 
@@ -108,6 +139,7 @@ def gptq(
         stats: what the layer saw.
         low, high: float32 `[out, groups]`.
         dtype: storage dtype of the scales.
+        panel: rounds a panel; on some devices another than this module's is faster.
     """
     scales, zeros = quant_params(low, high, bits, dtype)
     size = weight.shape[1] // low.shape[1]
@@ -121,12 +153,14 @@ def gptq(
         columns = order + start
         group = columns // size
         codes[:, columns] = _compensated(
-            weight[:, columns], upper, scales[:, group], zeros[:, group], 2**bits - 1
+            weight[:, columns], upper, scales[:, group], zeros[:, group], 2**bits - 1, panel
         )
     return Codes(codes, scales.to(dtype), zeros.to(torch.uint8))
 
 
-def _compensated(weight: Tensor, upper: Tensor, scales: Tensor, zeros: Tensor, levels: int) -> Tensor:
+def _compensated(
+    weight: Tensor, upper: Tensor, scales: Tensor, zeros: Tensor, levels: int, panel: Panel
+) -> Tensor:
     """Codes uint8 `[out, n]` of columns in visiting order; arguments are `[out, n]`, `upper` is `[n, n]`."""
     # Channels lie along rows here: each step then reads and writes contiguous memory.
     rest, scales, zeros = (t.t().contiguous() for t in (weight, scales, zeros))
@@ -134,14 +168,8 @@ def _compensated(weight: Tensor, upper: Tensor, scales: Tensor, zeros: Tensor, l
     count = rest.shape[0]
     for begin in range(0, count, _PANEL):
         end = min(begin + _PANEL, count)
-        errors = torch.empty(end - begin, rest.shape[1], device=rest.device)
-        for i in range(begin, end):
-            code = torch.addcdiv(zeros[i], rest[i], scales[i]).round_().clamp_(0, levels)
-            codes[i] = code
-            value = code.sub_(zeros[i]).mul_(scales[i])
-            error = torch.sub(rest[i], value, out=errors[i - begin]).div_(upper[i, i])
-            if i + 1 < end:
-                rest[i + 1 : end].addr_(upper[i, i + 1 : end], error, alpha=-1)
+        here = slice(begin, end)
+        codes[here] = panel(rest[here], upper[here, here], scales[here], zeros[here], levels)
         if end < count:
-            rest[end:].addmm_(upper[begin:end, end:].t(), errors, alpha=-1)
+            rest[end:].addmm_(upper[here, end:].t(), rest[here], alpha=-1)
     return codes.t()

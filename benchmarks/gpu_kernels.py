@@ -1,0 +1,226 @@
+"""GPU kernels: checked against the oracle, timed beside cuBLAS in bfloat16, and used in a whole decode.
+
+    python benchmarks/gpu_kernels.py [--quick] [--layers 32] [--out benchmarks/results]
+
+Weights are out of the cache when they are read, and times are those of a replayed CUDA graph. It takes a few
+minutes, most of it compiling. Writes `gpu_kernels-CARD.json` and a table, `gpu_kernels-CARD.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from awq.kernels import LayerSpec, choose, kernel_names, multiply
+from awq.kernels.registry import Kernel, kernel_named
+from awq.weight import QuantizedWeight
+from gpu_decode import decode
+from gpu_timing import copies_that_miss_the_cache, device_facts, graph_microseconds
+
+# Output and input channels: merged and single projections of Llamas of 8 and 70 billion weights.
+SHAPES = {
+    "8B qkv": (6144, 4096),
+    "8B o": (4096, 4096),
+    "8B gate or up": (14336, 4096),
+    "8B gate and up": (28672, 4096),
+    "8B down": (4096, 14336),
+    "70B qkv": (10240, 8192),
+    "70B o": (8192, 8192),
+    "70B gate and up": (57344, 8192),
+    "70B down": (8192, 28672),
+}
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+TOLERANCES = {torch.float16: 6e-4, torch.bfloat16: 4e-3, torch.float32: 1e-5}
+
+
+def random_weight(out: int, columns: int, group: int, seed: int = 0) -> QuantizedWeight:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    shape = (out, columns // group)
+    return QuantizedWeight(
+        torch.randint(0, 16, (out, columns), generator=generator, dtype=torch.uint8, device="cuda"),
+        (torch.rand(shape, generator=generator, device="cuda") * 0.02 + 0.001).half(),
+        torch.randint(0, 16, shape, generator=generator, dtype=torch.uint8, device="cuda"),
+    )
+
+
+def gpu_kernels() -> list[Kernel]:
+    """Kernels that serve GPUs here, the oracle aside."""
+    spec = LayerSpec("cuda", torch.float16, 4096, 4096, 128)
+    kernels = [kernel_named(name) for name in kernel_names() if name != "torch"]
+    return [kernel for kernel in kernels if kernel.refuses(spec) is None]
+
+
+def check(kernel: Kernel) -> dict[str, Any]:
+    """Largest relative error to the float64 product, over groups, dtypes, shapes and rows.
+
+    Also: the very codes come back, the same bits twice, and the same bits from a replayed graph.
+    """
+    worst = {str(dtype): 0.0 for dtype in TOLERANCES}
+    cases = 0
+    shapes = ((128, 1024), (200, 2048), (1032, 4096), (4096, 1536))
+    groups = (32, 64, 128, 192, 0)
+    for (out, columns), group, dtype in itertools.product(shapes, groups, TOLERANCES):
+        size = group or columns
+        if columns % size:
+            continue
+        weight = random_weight(out, columns, size)
+        state = kernel.prepare(weight, dtype)
+        assert torch.equal(kernel.codes(state), weight.codes)
+        exact_weight = weight.dequantize().double().t()
+        for rows in (1, 3, 8, 9, 16, 17, 64, 65, 128, 200, 511, 512):
+            inputs = torch.randn(rows, columns, device="cuda").to(dtype)
+            expected = inputs.double() @ exact_weight
+            got = kernel.forward(inputs, state)
+            error = float((got.double() - expected).norm() / expected.norm())
+            case = f"{kernel.name}: {rows} rows, {out}x{columns}, groups of {size}, {dtype}: {error:.2e}"
+            assert error < TOLERANCES[dtype], case
+            assert torch.equal(got, kernel.forward(inputs, state)), f"not deterministic: {case}"
+            worst[str(dtype)] = max(worst[str(dtype)], error)
+            cases += 1
+    _check_graph(kernel)
+    return {"cases": cases, "largest relative error": worst}
+
+
+def _check_graph(kernel: Kernel) -> None:
+    weight = random_weight(4096, 4096, 128)
+    state = kernel.prepare(weight, torch.bfloat16)
+    for rows in (1, 16, 64, 600):
+        inputs = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16)
+        multiply(inputs, kernel, state, 4096)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = multiply(inputs, kernel, state, 4096)
+        for _ in range(3):
+            inputs.copy_(torch.randn_like(inputs))
+            graph.replay()
+            assert torch.equal(out, kernel.forward(inputs, state)), f"a replayed graph differs: {rows} rows"
+
+
+def measure(kernel: Kernel, shape: tuple[int, int], all_rows: tuple[int, ...]) -> list[dict[str, float]]:
+    """Microseconds of a layer in groups of 128, and of cuBLAS on the same weight in bfloat16."""
+    out, columns = shape
+    weight = random_weight(out, columns, 128)
+    dense = weight.dequantize(torch.bfloat16)
+    state = kernel.prepare(weight, torch.bfloat16)
+    bytes_read = sum(part.nbytes for part in state if isinstance(part, Tensor))
+    states = [state]
+    for _ in range(copies_that_miss_the_cache(bytes_read) - 1):
+        states.append(type(state)(*(part.clone() if isinstance(part, Tensor) else part for part in state)))
+    denses = [dense] + [dense.clone() for _ in range(copies_that_miss_the_cache(dense.nbytes) - 1)]
+    found = []
+    for rows in all_rows:
+        inputs = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16)
+        times = {
+            "us": graph_microseconds([lambda s=s, x=inputs: kernel.forward(x, s) for s in states]),
+            "cublas us": graph_microseconds([lambda d=d, x=inputs: F.linear(x, d) for d in denses]),
+        }
+        read = bytes_read + 2 * rows * (out + columns)
+        found.append(
+            {
+                "rows": rows,
+                **times,
+                "ratio": times["cublas us"] / times["us"],
+                "TB/s": read / times["us"] / 1e6,
+            }
+        )
+    return found
+
+
+def overhead(kernel: Kernel) -> dict[str, float]:
+    """Microseconds of the host for one product of one row, called directly and through the operator."""
+    state = kernel.prepare(random_weight(1024, 1024, 128), torch.bfloat16)
+    inputs = torch.randn(1, 1024, device="cuda", dtype=torch.bfloat16)
+    tensors = [part for part in state if isinstance(part, Tensor)]
+    numbers = [part for part in state if not isinstance(part, Tensor)]
+    dense = torch.randn(1024, 1024, device="cuda", dtype=torch.bfloat16)
+    calls = {
+        "direct": lambda: multiply(inputs, kernel, state, 1024),
+        "through the operator": lambda: torch.ops.openawq.multiply(
+            inputs, tensors, numbers, kernel.name, 1024
+        ),
+        "torch.nn.functional.linear": lambda: F.linear(inputs, dense),
+    }
+    found = {}
+    for name, call in calls.items():
+        for _ in range(20):
+            call()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(200):
+            call()
+        found[name] = (time.perf_counter() - started) / 200 * 1e6
+        torch.cuda.synchronize()
+    return found
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    device = figures["device"]
+    lines = [f"# GPU kernels on {device['card']}", ""]
+    lines += [f"- {name}: {value:.2f}" for name, value in device.items() if name != "card"]
+    lines += [f"- {name}: {figures['versions'][name]}" for name in figures["versions"]]
+    for kernel, found in figures["kernels"].items():
+        lines += ["", f"## {kernel}", "", f"Checked: {found['check']}.", ""]
+        lines += [f"- host, one product {name}: {us:.1f} us" for name, us in found["overhead"].items()]
+        lines += [
+            "",
+            "Microseconds (times cuBLAS in bfloat16; share of the copy bandwidth up to 8 rows).",
+            "",
+        ]
+        rows = [entry["rows"] for entry in next(iter(found["layers"].values()))]
+        lines += ["| layer | " + " | ".join(f"M={n}" for n in rows) + " |", "|---" * (len(rows) + 1) + "|"]
+        for name, entries in found["layers"].items():
+            cells = []
+            for entry in entries:
+                share = f", {entry['TB/s'] / device['copy TB/s']:.0%}" if entry["rows"] <= 8 else ""
+                cells.append(f"{entry['us']:.1f} ({entry['ratio']:.2f}x{share})")
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    if "decode" in figures:
+        lines += ["", "## Decode, batch 1", "", "| model | tokens/s | ms a token |", "|---|---|---|"]
+        for name, speed in figures["decode"]["tokens/s"].items():
+            lines.append(f"| {name} | {speed:.1f} | {1000 / speed:.2f} |")
+        lines += ["", *(f"- {name}: {value}" for name, value in figures["decode"]["notes"].items())]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Check, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer shapes and rows")
+    parser.add_argument("--layers", type=int, default=32, help="blocks of the decoded model; 0 for no decode")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    import triton
+
+    figures: dict[str, Any] = {"device": device_facts(), "kernels": {}}
+    figures["versions"] = {"torch": torch.__version__, "triton": triton.__version__}
+    print(figures["device"], flush=True)
+    shapes = dict(itertools.islice(SHAPES.items(), 5)) if options.quick else SHAPES
+    rows = (1, 8, 16, 64, 128, 4096) if options.quick else ROWS
+    for kernel in gpu_kernels():
+        print(choose(LayerSpec("cuda", torch.bfloat16, 4096, 4096, 128)).reason, flush=True)
+        found = {"check": check(kernel), "overhead": overhead(kernel), "layers": {}}
+        print(found, flush=True)
+        for name, shape in shapes.items():
+            found["layers"][name] = measure(kernel, shape, rows)
+            torch.cuda.empty_cache()
+        figures["kernels"][kernel.name] = found
+    if options.layers:
+        figures["decode"] = decode(options.layers)
+    name = "gpu_kernels-" + figures["device"]["card"].replace(" ", "-")
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (options.out / f"{name}.md").write_text(table(figures))
+    print(table(figures))
+
+
+if __name__ == "__main__":
+    main()

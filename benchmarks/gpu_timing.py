@@ -1,0 +1,56 @@
+"""Timing on a GPU: replays of a captured graph, over enough copies of the data that no cache helps."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+def graph_microseconds(calls: Sequence[Callable[[], object]], repeats: int = 5) -> float:
+    """Median microseconds of one call: all are captured in one graph, which is replayed."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for turn in range(repeats + 1):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if turn:
+            times.append(start.elapsed_time(end) * 1000 / len(calls))
+    return statistics.median(times)
+
+
+def copies_that_miss_the_cache(bytes_of_one: int) -> int:
+    """How many copies to go round, so that each is out of the cache when its turn comes."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(2, min(64, -(-4 * cache // bytes_of_one)))
+
+
+def device_facts() -> dict[str, float | str]:
+    """What the card reaches: TB/s of a 512 MiB copy, of reading 512 MiB and 30 MiB; TFLOP/s in bfloat16."""
+    source = torch.randn(2**27, device="cuda")
+    target = torch.empty_like(source)
+    copy = graph_microseconds([lambda: target.copy_(source)] * 4)
+    read = graph_microseconds([lambda: source.sum()] * 4)
+    parts = source[: 8 * 7864320].split(7864320)
+    small = graph_microseconds([lambda part=part: part.sum() for part in parts] * 2)
+    square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    matrix = graph_microseconds([lambda: square @ square] * 4)
+    return {
+        "card": torch.cuda.get_device_name(),
+        "copy TB/s": 2 * source.nbytes / copy / 1e6,
+        "read TB/s": source.nbytes / read / 1e6,
+        "read 30 MiB TB/s": parts[0].nbytes / small / 1e6,
+        "bfloat16 TFLOP/s": 2 * 8192**3 / matrix / 1e6,
+    }

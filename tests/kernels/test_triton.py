@@ -1,0 +1,155 @@
+"""What the Triton kernel serves and arranges; its programs run in a process of their own, interpreted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_kernels import random_weight
+
+from awq.errors import KernelError
+from awq.kernels import LayerSpec, choose, triton_int4
+from awq.kernels.triton_int4 import TritonInt4
+from awq.kernels.triton_table import DENSE_ROWS, Device, launch_for, most_tiles
+
+HERE = Path(__file__).parent
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def test_the_programs_agree_with_the_oracle_under_the_interpreter() -> None:
+    """The flag must be set before Triton is imported, hence a process."""
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "interpreted_triton.py"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@settings(max_examples=40)
+@given(
+    out=st.integers(1, 70),
+    group=st.integers(1, 6).map(lambda n: 32 * n),
+    groups=st.integers(1, 4),
+    scales=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+def test_it_gives_back_the_very_codes_scales_and_zeros(
+    out: int, group: int, groups: int, scales: torch.dtype, seed: int
+) -> None:
+    weight = random_weight(out, group * groups, group, seed, scales)
+    kernel = TritonInt4()
+    state = kernel.prepare(weight, torch.float16)
+    assert torch.equal(kernel.codes(state), weight.codes)
+    assert torch.equal(state.scales, weight.scales)
+    assert state.scales.dtype == scales
+    assert torch.equal(state.zeros, weight.zeros)
+
+
+def test_a_weight_is_held_once() -> None:
+    """Four bits a code and four bytes a group, counters aside."""
+    state = TritonInt4().prepare(random_weight(256, 1024, 128), torch.float16)
+    assert sum(part.nbytes for part in (state.words, state.pairs, state.low)) == 256 * (1024 // 2 + 4 * 8)
+
+
+def spec(**changes: object) -> LayerSpec:
+    fields: dict[str, object] = {
+        "device": "cuda",
+        "dtype": torch.float16,
+        "in_features": 256,
+        "out_features": 72,
+        "group_size": 64,
+    }
+    return LayerSpec(**(fields | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def whole_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if this machine had all that Triton needs."""
+    monkeypatch.setattr(triton_int4, "missing", lambda: None)
+
+
+@pytest.mark.usefixtures("whole_machine")
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"device": "mps"}, "it runs on CUDA and ROCm devices, not on mps"),
+        ({"group_size": 16}, "it takes groups of a multiple of 32, not 16"),
+        ({"dtype": torch.float64}, "it multiplies float16, bfloat16 and float32, not float64"),
+    ],
+)
+def test_what_it_does_not_serve_goes_to_the_oracle_with_the_reason(
+    change: dict[str, object], reason: str
+) -> None:
+    choice = choose(spec(**change))
+    assert choice.kernel.name == "torch"
+    assert f"not triton: {reason}" in choice.reason
+    with pytest.raises(KernelError, match="kernel 'triton' cannot serve this layer"):
+        choose(spec(**change), "triton")
+
+
+@pytest.mark.usefixtures("whole_machine")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_it_is_taken_on_gpus(dtype: torch.dtype) -> None:
+    choice = choose(spec(dtype=dtype))
+    assert choice.kernel.name == "triton"
+    assert choice.reason.startswith("triton: the fastest that serves 72x256, 4 bits in groups of 64")
+
+
+def test_a_machine_without_triton_is_served_by_the_oracle_and_told_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(triton_int4.importlib.util, "find_spec", lambda name: None)
+    triton_int4.missing.cache_clear()
+    try:
+        choice = choose(spec())
+    finally:
+        triton_int4.missing.cache_clear()
+    assert choice.kernel.name == "torch"
+    assert "not triton: Triton is not installed (pip install triton" in choice.reason
+
+
+H100 = Device(90, 132, 227 * 1024)
+SMALL = Device(86, 28, 99 * 1024)
+RADEON = Device(110, 96, 64 * 1024, hip=True)
+
+
+@given(
+    rows=st.integers(1, DENSE_ROWS - 1),
+    out=st.integers(1, 200_000),
+    groups=st.integers(1, 2000),
+    plane=st.sampled_from([32, 64]),
+    device=st.sampled_from([H100, SMALL, RADEON]),
+)
+def test_every_launch_fits_the_device_and_covers_the_product(
+    rows: int, out: int, groups: int, plane: int, device: Device
+) -> None:
+    columns = 32 * groups
+    launch = launch_for(rows, out, columns, plane, device)
+    assert launch is not None
+    if launch.side:
+        assert rows <= launch.block_m
+        stage = launch.side * (launch.block_n + 4 * launch.block_m) * plane * 2
+    else:
+        assert plane % launch.columns == 0
+        stage = (launch.block_n + 4 * launch.block_m) * launch.columns * 2
+        assert -(-rows // launch.block_m) * -(-out // launch.block_n) <= most_tiles(out)
+    assert (launch.stages - 1) * stage < device.shared
+
+
+def test_many_rows_are_left_to_the_dense_product() -> None:
+    assert launch_for(DENSE_ROWS, 4096, 4096, 64, H100) is None
+    assert launch_for(DENSE_ROWS - 1, 4096, 4096, 64, H100) is not None
+
+
+def test_few_output_channels_are_shared_out_until_the_processors_are_busy() -> None:
+    narrow, wide = (launch_for(16, out, 14336, 64, H100) for out in (1024, 14336))
+    assert narrow is not None
+    assert wide is not None
+    assert narrow.split == 8
+    assert wide.split == 1
