@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from awq.kernels import LayerSpec, choose, kernel_names, multiply
+from awq.kernels.registry import kernel_named
 from awq.nn import QuantLinear
 from awq.weight import QuantizedWeight
 
@@ -26,7 +27,10 @@ def weight() -> QuantizedWeight:
 
 
 def prepared(name: str, weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> tuple:
-    kernel = choose(LayerSpec("cpu", dtype, COLUMNS, ROWS, GROUP), name).kernel
+    spec = LayerSpec("cpu", dtype, COLUMNS, ROWS, GROUP)
+    if reason := kernel_named(name).refuses(spec):
+        pytest.skip(reason)
+    kernel = choose(spec, name).kernel
     return kernel, kernel.prepare(weight, dtype)
 
 
