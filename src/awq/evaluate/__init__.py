@@ -3,7 +3,7 @@
 from awq.evaluate.divergence import Divergence, compare
 from awq.evaluate.harness import TaskScore, run_tasks
 from awq.evaluate.perplexity import Perplexity, perplexity
-from awq.evaluate.speed import Speed, generation_speeds
+from awq.evaluate.speed import Speed, copy_bandwidth, generation_speeds
 from awq.evaluate.text import document_ids, token_ids
 from awq.evaluate.windows import Window, windows
 
@@ -14,6 +14,7 @@ __all__ = [
     "TaskScore",
     "Window",
     "compare",
+    "copy_bandwidth",
     "document_ids",
     "generation_speeds",
     "perplexity",
