@@ -35,15 +35,16 @@ def copy_bandwidth(device: str | torch.device = "cpu", megabytes: int = 256, rep
     target = torch.zeros_like(source)
     seconds = []
     for _ in range(repeats):
-        _wait_for(source.device)
+        wait_for(source.device)
         started = time.perf_counter()
         target.copy_(source)
-        _wait_for(source.device)
+        wait_for(source.device)
         seconds.append(time.perf_counter() - started)
     return 2 * source.numel() / min(seconds)
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Until what was asked of a device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -71,7 +72,7 @@ def generation_speeds(
                 max_new_tokens=new_tokens,
                 do_sample=False,
             )
-            _wait_for(model.device)
+            wait_for(model.device)
             if turn:
                 found[name].append(new_tokens / (time.perf_counter() - started))
     return {name: Speed(statistics.median(times), min(times), max(times)) for name, times in found.items()}
