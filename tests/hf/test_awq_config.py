@@ -72,7 +72,7 @@ def test_a_backend_that_names_a_kernel_of_ours_is_obeyed(backend: str, kernel: s
 
 
 def test_an_unknown_backend_is_an_error_that_lists_the_kernels() -> None:
-    with pytest.raises(ConfigError, match="cpu-int4, torch"):
+    with pytest.raises(ConfigError, match=r"cpu-int4, .*torch"):
         AwqConfig(backend="warp")
 
 
@@ -149,7 +149,8 @@ def test_an_older_projects_own_file_is_read_by_our_loader(checkpoint: Path, tmp_
     (checkpoint / "config.json").write_text(json.dumps(config))
     (checkpoint / "quant_config.json").write_text(json.dumps(OLD_NAMES))
     load_quantized(checkpoint).save_pretrained(tmp_path / "saved")
-    assert kernels(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")) == {"cpu-int4"}
+    (kernel,) = kernels(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"))
+    assert kernel.startswith("cpu-")
 
 
 def test_what_is_saved_is_what_engines_read_and_nothing_of_gptqs(checkpoint: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, AwqConfig, Compile
 from awq import QuantConfig
 from awq.pipeline import quantize
 
-KERNELS = ["torch", "cpu-int4"]
+KERNELS = ["torch", "cpu-int4", "auto"]
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ def test_the_default_kernel_serves_experts_too(mixtral: Path) -> None:
     index, weights = torch.tensor([[0, 1], [2, 3], [0, 3]] * 2), torch.rand(6, 2, generator=generator)
     exact = load(mixtral, **EXACT).model.layers[0].mlp.experts(hidden, index, weights)
     model = load(mixtral, dtype=torch.bfloat16)
-    assert "kernel=cpu-int4" in repr(model.model.layers[0].mlp.experts)
+    assert "kernel=cpu-" in repr(model.model.layers[0].mlp.experts)
     fast = model.model.layers[0].mlp.experts(hidden.bfloat16(), index, weights)
     assert relative(fast.float(), exact) < 0.03
     assert model.generate(prompt(), max_new_tokens=3, min_new_tokens=3).shape == (2, 12)

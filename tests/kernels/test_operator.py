@@ -31,7 +31,10 @@ def weight() -> QuantizedWeight:
 
 
 def prepared(name: str, weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> tuple:
-    kernel = choose(LayerSpec("cpu", dtype, COLUMNS, ROWS, GROUP), name).kernel
+    spec = LayerSpec("cpu", dtype, COLUMNS, ROWS, GROUP)
+    if reason := kernel_named(name).refuses(spec):
+        pytest.skip(reason)
+    kernel = choose(spec, name).kernel
     return kernel, kernel.prepare(weight, dtype)
 
 

@@ -96,7 +96,7 @@ def test_a_layer_without_a_bias_has_none(weight: QuantizedWeight) -> None:
 def test_codes_are_arranged_at_the_first_product_and_held_once(layer: QuantLinear) -> None:
     assert "not prepared" in layer.extra_repr()
     layer(inputs(1, 64))
-    assert "kernel=cpu-int4" in layer.extra_repr()
+    assert "kernel=cpu-" in layer.extra_repr()
     assert not hasattr(layer, "qweight")
     held = sum(buffer.numel() for buffer in layer.buffers())
     assert held == 48  # the bias
@@ -110,7 +110,7 @@ def test_its_line_in_a_printed_model_tells_its_measures(layer: QuantLinear) -> N
 
 def test_preparing_gives_the_kernel_and_the_reason(layer: QuantLinear) -> None:
     choice = layer.prepare(torch.float16)
-    assert choice.kernel.name == "cpu-int4"
+    assert choice.kernel.name.startswith("cpu-")
     assert "float16 on cpu" in choice.reason
     assert layer.prepare(torch.float16, "torch").kernel.name == "torch"
     layer.to(torch.float32)

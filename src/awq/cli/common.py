@@ -77,6 +77,7 @@ def load_model(
     device: str = "auto",
     trust_remote_code: bool = False,
     exact: bool = False,
+    kernel: str | None = None,
 ) -> Any:
     """A float or a quantized model, in eval mode.
 
@@ -86,6 +87,7 @@ def load_model(
         device: as `awq.model.pick_device` takes it.
         trust_remote_code: run modelling code that comes with the model.
         exact: dequantize in the activations' dtype instead of using a fast kernel, for figures.
+        kernel: insist on this one.
 
     Raises:
         AwqError: the model cannot be loaded.
@@ -101,7 +103,7 @@ def load_model(
     folder, place = resolve(model), pick_device(device)
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
     if is_awq(folder):
-        kernel = "torch" if exact else None
+        kernel = "torch" if exact else kernel
         loaded = load_quantized(folder, dtype=wanted, trust_remote_code=trust_remote_code, kernel=kernel)
         return loaded.to(place) if place.type != "cpu" else loaded
     return load_float(folder, dtype=wanted, trust_remote_code=trust_remote_code).to(place)

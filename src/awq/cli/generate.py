@@ -22,6 +22,7 @@ def command(
     chat: Annotated[bool, typer.Option(help="Format the prompt with the model's chat template.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, float16, bfloat16")] = "auto",
+    kernel: Annotated[str | None, typer.Option(help="Insist on a kernel for the quantized layers.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
 ) -> None:
     """Generate text from a prompt."""
@@ -34,7 +35,7 @@ def command(
     from transformers import TextStreamer
 
     quiet_libraries()
-    loaded = load_model(model, dtype, device, trust_remote_code)
+    loaded = load_model(model, dtype, device, trust_remote_code, kernel=kernel)
     tokenizer = load_tokenizer(model, trust_remote_code)
     if chat:
         if not tokenizer.chat_template:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from awq.cli import convert, demo, evaluate, generate, inspect, quantize
+from awq.cli import bench, convert, demo, doctor, evaluate, generate, inspect, quantize
 from awq.errors import AwqError
 
 
@@ -96,6 +96,8 @@ app.command("generate")(generate.command)
 app.command("inspect")(inspect.command)
 app.command("convert")(convert.command)
 app.command("export")(convert.export_command)
+app.command("bench")(bench.command)
+app.command("doctor")(doctor.command)
 app.command("demo")(demo.command)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Mapping
@@ -19,6 +20,33 @@ class Speed:
     median: float
     low: float
     high: float
+
+
+@functools.cache
+def copy_bandwidth(device: str | torch.device = "cpu", megabytes: int = 256, repeats: int = 7) -> float:
+    """Bytes per second that copying a large tensor reaches, reads and writes counted: a practical limit.
+
+    Args:
+        device: where.
+        megabytes: size of the tensor; larger than the caches.
+        repeats: the fastest of these counts, after one that touches the memory.
+    """
+    source = torch.ones(megabytes << 20, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    seconds = []
+    for _ in range(repeats):
+        wait_for(source.device)
+        started = time.perf_counter()
+        target.copy_(source)
+        wait_for(source.device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * source.numel() / min(seconds)
+
+
+def wait_for(device: torch.device) -> None:
+    """Until what was asked of a device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @torch.no_grad()
@@ -44,8 +72,7 @@ def generation_speeds(
                 max_new_tokens=new_tokens,
                 do_sample=False,
             )
-            if model.device.type == "cuda":
-                torch.cuda.synchronize(model.device)
+            wait_for(model.device)
             if turn:
                 found[name].append(new_tokens / (time.perf_counter() - started))
     return {name: Speed(statistics.median(times), min(times), max(times)) for name, times in found.items()}

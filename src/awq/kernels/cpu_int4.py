@@ -1,4 +1,4 @@
-"""PyTorch's own int4 product for CPUs: `aten::_weight_int4pack_mm_for_cpu`.
+"""PyTorch's own int4 product for CPUs: `aten::_weight_int4pack_mm_for_cpu`, where ours cannot be compiled.
 
 It takes bfloat16 activations (others are cast), groups of 32, 64, 128 or 256 and row counts that divide by
 16. Its arrangement of the codes depends on the instruction set, so it is made at load time and never saved;

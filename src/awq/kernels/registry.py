@@ -10,6 +10,7 @@ from torch import Tensor
 
 from awq.errors import KernelError
 from awq.kernels.cpu_int4 import CpuInt4
+from awq.kernels.cpu_native import CpuNative, CpuW4A8
 from awq.kernels.spec import LayerSpec
 from awq.kernels.torch_dequant import TorchDequant
 from awq.kernels.triton_int4 import TritonInt4
@@ -43,7 +44,9 @@ class Kernel(Protocol):
 
 
 # Fastest first; the last one serves everything and is what the others are tested against.
-_KERNELS: tuple[Kernel, ...] = (CpuInt4(), TritonInt4(), TorchDequant())
+_KERNELS: tuple[Kernel, ...] = (CpuNative(), CpuInt4(), TritonInt4(), TorchDequant())
+# Less exact than their dtype: only for who asks.
+_ON_REQUEST: tuple[Kernel, ...] = (CpuW4A8(),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Choice:
 
 def kernel_names() -> tuple[str, ...]:
     """Names that `choose` takes."""
-    return tuple(kernel.name for kernel in _KERNELS)
+    return tuple(kernel.name for kernel in (*_KERNELS, *_ON_REQUEST))
 
 
 def kernel_named(name: str) -> Kernel:
@@ -65,7 +68,7 @@ def kernel_named(name: str) -> Kernel:
     Raises:
         KernelError: there is none.
     """
-    for kernel in _KERNELS:
+    for kernel in (*_KERNELS, *_ON_REQUEST):
         if kernel.name == name:
             return kernel
     raise KernelError(f"kernel {name!r} is unknown; known are: {', '.join(kernel_names())}")

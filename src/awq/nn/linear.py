@@ -183,6 +183,11 @@ class QuantLinear(nn.Linear):
             out = out + bias
         return out.view(*inputs.shape[:-1], self.out_features)
 
+    def held_tensors(self) -> list[Tensor]:
+        """What a product reads: the kernel's arrangement, or the checkpoint's tensors before there is one."""
+        arranged = [part for part in self._state or () if isinstance(part, Tensor)]
+        return arranged + list(self.buffers())
+
     def _bias_as(self, dtype: torch.dtype) -> Tensor | None:
         return None if self.bias is None else self.bias.to(dtype)
 

@@ -1,0 +1,364 @@
+// Products of activations with 4-bit weights, in whole numbers.
+//
+// Processors multiply bytes several times faster than floats. So each row of activations is written, chunk by
+// chunk of at most 128 input channels, as scale * (d0 + 256 d1 + 65536 d2) with signed bytes d ("digits"):
+// three digits are as good as float32, two hold bfloat16 and float16 exactly but for values far below the
+// largest of their chunk, one is an 8-bit approximation. Sums of codes times digits are exact, so a row's
+// result depends neither on the rows beside it, nor on the number of threads, nor on the instruction set.
+//
+// Codes lie in blocks of 64 output channels, [blocks][in / 8][64 outputs][4 bytes]: byte b of an output holds
+// input channels ORDER[b] (low nibble) and ORDER[4 + b] (high nibble) of the eight, so that masking a vector
+// gives the four channels of one `dot`. Scales and zero points are [groups][outputs].
+
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <new>
+
+#include "numbers.h"
+#include "simd.h"
+
+namespace {
+
+constexpr int BLOCK = 64;        // output channels
+constexpr int ROW = 4 * BLOCK;   // bytes of eight input channels of a block
+constexpr int CHUNK = 128;       // input channels that share an activation's scale, at most
+constexpr int ORDER[8] = {0, 4, 1, 5, 2, 6, 3, 7};
+constexpr int MOST_ROWS = 240;   // of a task: its sums, and its activations of a chunk, stay in the cache
+constexpr int AHEAD = 4096;      // bytes to ask the memory for in advance
+constexpr int FEWEST_ROWS = 32;  // below that, expanding the codes weighs too much
+
+struct Call {
+    const void* x;
+    int64_t x_stride;
+    Kind x_kind;
+    int64_t rows, columns, outputs;
+    const uint8_t* codes;
+    const void* scales;
+    Kind scale_kind;
+    const uint8_t* zeros;
+    int64_t group;
+    void* out;
+    int chunk;
+    int64_t chunks;
+    // Packed activations: digits [chunks][rows][digits][chunk], scale and sum [chunks][rows].
+    int8_t* digits;
+    float* x_scale;
+    float* x_sum;
+};
+
+// ---- activations -------------------------------------------------------------------------------------------
+
+template <int D>
+void pack_chunk(const Call& call, int64_t row, int64_t c) {
+    float values[CHUNK];
+    int32_t whole[CHUNK];
+    const int n = call.chunk;
+    read(values, call.x, row * call.x_stride + c * n, call.x_kind, n);
+    uint32_t largest = 0;
+    for (int i = 0; i < n; i++) {
+        const uint32_t size = bits_of(values[i]) & 0x7fffffff;
+        largest = size > largest ? size : largest;
+    }
+    int8_t* digits = call.digits + (c * call.rows + row) * D * n;
+    float scale, inverse;
+    if (largest >= 0x7f800000) {  // NaN or infinity: the whole row becomes NaN
+        scale = NAN;
+        inverse = 0;
+    } else if (D == 1) {
+        scale = float_of(largest) / 127;
+        inverse = scale > 0 ? 1 / scale : 0;
+        if (!(inverse < INFINITY)) inverse = scale = 0;
+    } else {
+        // A power of two, so that short numbers stay what they are. One bit is left for the carry.
+        int exponent = int(largest >> 23) - 126 - (8 * D - 2);
+        exponent = exponent < -126 ? -126 : exponent;
+        scale = float_of(uint32_t(exponent + 127) << 23);
+        inverse = std::ldexp(1.0f, -exponent);
+    }
+    int64_t sum = 0;
+    for (int i = 0; i < n; i++) {
+        const float value = scale != scale ? 0 : values[i] * inverse;
+        whole[i] = int32_t(_mm_cvtss_si32(_mm_set_ss(value)));
+        sum += whole[i];
+    }
+    for (int d = 0; d < D; d++) {
+        for (int i = 0; i < n; i += 8) {
+            for (int j = 0; j < 8; j++) {
+                int32_t& left = whole[i + ORDER[j]];
+                const int8_t digit = int8_t(left);
+                digits[d * n + i + j] = digit;
+                left = (left - digit) >> 8;
+            }
+        }
+    }
+    call.x_scale[c * call.rows + row] = scale;
+    call.x_sum[c * call.rows + row] = float(sum);
+}
+
+// Past the end of the memory this does nothing.
+inline void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+// ---- products ----------------------------------------------------------------------------------------------
+
+// Codes of one chunk of a block, one to a byte: [chunk / 4][64 outputs][4 bytes].
+void expand(uint8_t* tile, const uint8_t* codes, int eights) {
+    const ivec mask = iset(0x0f0f0f0f);
+    for (int e = 0; e < eights; e++) {
+        for (int v = 0; v < BLOCK / LANES; v++) {
+            const uint8_t* at = codes + e * ROW + v * 4 * LANES;
+            fetch(at + AHEAD);
+            const ivec word = iload(at);
+            istore(tile + 2 * e * ROW + v * 4 * LANES, iand(word, mask));
+            istore(tile + (2 * e + 1) * ROW + v * 4 * LANES, iand(right4(word), mask));
+        }
+    }
+}
+
+// One chunk's part of R rows x (VECTORS * LANES) outputs, added to `sums`. With TILE, `codes` are expanded.
+template <int D, int R, bool TILE>
+inline void multiply_part(
+    float* sums, const uint8_t* codes, const int8_t* x, const float* x_scale, const float* x_sum, int eights,
+    const float* scales, const float* zeros) {
+    ivec part[R][VECTORS][D];
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < VECTORS; v++)
+            for (int d = 0; d < D; d++) part[r][v][d] = izero();
+    const ivec mask = iset(0x0f0f0f0f);
+    const int n = 8 * eights;
+    for (int half = 0; half < 2 * eights; half++) {
+        // Of each eight input channels first the low nibbles, then the high ones.
+        ivec four[VECTORS];
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) {
+            if (TILE) {
+                four[v] = iload(codes + half * ROW + v * 4 * LANES);
+            } else {
+                const uint8_t* at = codes + (half / 2) * ROW + v * 4 * LANES;
+                if (half % 2 == 0) fetch(at + AHEAD);
+                const ivec word = iload(at);
+                four[v] = iand(half % 2 ? right4(word) : word, mask);
+            }
+        }
+#pragma GCC unroll 6
+        for (int r = 0; r < R; r++) {
+#pragma GCC unroll 3
+            for (int d = 0; d < D; d++) {
+                const ivec digits = ibroadcast(x + (r * D + d) * n + 4 * half);
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; v++) part[r][v][d] = dot(part[r][v][d], four[v], digits);
+            }
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++) {
+        const fvec by = fset(x_scale[r]), sum = fset(x_sum[r]);
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) {
+            fvec total;
+            if (D == 1) total = to_float(part[r][v][0]);
+            if (D == 2) total = to_float(iadd(left8(part[r][v][D - 1]), part[r][v][0]));
+            if (D == 3) {
+                const fvec upper = to_float(iadd(left8(part[r][v][D - 1]), part[r][v][D - 2]));
+                total = fma(upper, fset(256), to_float(part[r][v][0]));
+            }
+            total = fnma(fload(zeros + v * LANES), sum, total);
+            float* at = sums + r * BLOCK + v * LANES;
+            fstore(at, fma(total, fmul(fload(scales + v * LANES), by), fload(at)));
+        }
+    }
+}
+
+template <int D, int R, bool TILE>
+void multiply_rows(
+    float* sums, const uint8_t* codes, const int8_t* x, const float* x_scale, const float* x_sum, int eights,
+    const float* scales, const float* zeros) {
+    for (int at = 0; at < BLOCK; at += VECTORS * LANES)
+        multiply_part<D, R, TILE>(
+            sums + at, codes + 4 * at, x, x_scale, x_sum, eights, scales + at, zeros + at);
+}
+
+template <int D, bool TILE>
+void multiply_any(
+    int rows, float* sums, const uint8_t* codes, const int8_t* x, const float* x_scale, const float* x_sum,
+    int eights, const float* scales, const float* zeros) {
+#define ROWS(R)                                                                                             \
+    if constexpr (R * D <= 6)                                                                               \
+        if (rows == R)                                                                                      \
+            return multiply_rows<D, R, TILE>(sums, codes, x, x_scale, x_sum, eights, scales, zeros);
+    ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
+#undef ROWS
+}
+
+// Scales and zero points of a block's group as floats; outputs that do not exist get 0.
+void read_group(const Call& call, int64_t block, int64_t g, float* scales, float* zeros) {
+    const int64_t at = g * call.outputs + block * BLOCK;
+    const int64_t left = call.outputs - block * BLOCK;
+    const int n = left < BLOCK ? int(left) : BLOCK;
+    if (n == BLOCK) {
+        read(scales, call.scales, at, call.scale_kind, BLOCK);
+        for (int i = 0; i < BLOCK; i++) zeros[i] = call.zeros[at + i];
+        return;
+    }
+    uint8_t last[4 * BLOCK] = {};
+    const int width = call.scale_kind == FLOAT32 ? 4 : 2;
+    std::memcpy(last, static_cast<const uint8_t*>(call.scales) + at * width, n * width);
+    read(scales, last, 0, call.scale_kind, BLOCK);
+    for (int i = 0; i < BLOCK; i++) zeros[i] = i < n ? call.zeros[at + i] : 0;
+}
+
+// One block of outputs for `rows` rows from `first` on.
+template <int D>
+void multiply_block(const Call& call, int64_t block, int64_t first, int rows) {
+    constexpr int MOST = 6 / D;
+    alignas(64) float sums[MOST_ROWS * BLOCK];
+    alignas(64) float scales[BLOCK], zeros[BLOCK];
+    alignas(64) uint8_t tile[CHUNK * BLOCK];
+    std::memset(sums, 0, sizeof(float) * rows * BLOCK);
+    const int eights = call.chunk / 8;
+    const int parts = (rows + MOST - 1) / MOST;
+    const uint8_t* codes = call.codes + block * (call.columns / 8) * ROW;
+    int64_t group = -1;
+    for (int64_t c = 0; c < call.chunks; c++, codes += eights * ROW) {
+        if (c * call.chunk / call.group != group) {
+            group = c * call.chunk / call.group;
+            read_group(call, block, group, scales, zeros);
+        }
+        const int64_t at = c * call.rows + first;
+        const int8_t* x = call.digits + at * D * call.chunk;
+        if (parts == 1) {
+            multiply_any<D, false>(
+                rows, sums, codes, x, call.x_scale + at, call.x_sum + at, eights, scales, zeros);
+            continue;
+        }
+        expand(tile, codes, eights);
+        for (int p = 0; p < parts; p++) {
+            const int from = rows * p / parts, to = rows * (p + 1) / parts;
+            multiply_any<D, true>(
+                to - from, sums + from * BLOCK, tile, x + from * D * call.chunk, call.x_scale + at + from,
+                call.x_sum + at + from, eights, scales, zeros);
+        }
+    }
+    const int64_t left = call.outputs - block * BLOCK;
+    for (int r = 0; r < rows; r++)
+        write(
+            call.out, (first + r) * call.outputs + block * BLOCK, sums + r * BLOCK, call.x_kind,
+            left < BLOCK ? int(left) : BLOCK);
+}
+
+// ---- threads -----------------------------------------------------------------------------------------------
+
+// PyTorch's own pool: another one beside it would fight for the cores. The signature is that of GOMP_parallel,
+// which GNU's, LLVM's and Intel's OpenMP libraries all have.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+Parallel pool = nullptr;
+
+template <class F>
+struct Loop {
+    const F& body;
+    int64_t count;
+    std::atomic<int64_t> next{0};
+    static void run(void* self) {
+        Loop& loop = *static_cast<Loop*>(self);
+        for (int64_t i; (i = loop.next.fetch_add(1)) < loop.count;) loop.body(i);
+    }
+};
+
+template <class F>
+void parallel(int threads, int64_t count, const F& body) {
+    Loop<F> loop{body, count};
+    if (threads > count) threads = int(count);
+    if (threads > 1 && pool != nullptr)
+        pool(&Loop<F>::run, &loop, unsigned(threads), 0);
+    else
+        Loop<F>::run(&loop);
+}
+
+template <int D>
+void multiply(const Call& call, int threads) {
+    const bool small = call.rows * call.columns < 32768;
+    parallel(small ? 1 : threads, call.rows, [&](int64_t row) {
+        for (int64_t c = 0; c < call.chunks; c++) pack_chunk<D>(call, row, c);
+    });
+    const int64_t blocks = (call.outputs + BLOCK - 1) / BLOCK;
+    int64_t pieces = (call.rows + MOST_ROWS - 1) / MOST_ROWS;
+    while (blocks * pieces < 2 * threads && call.rows / (pieces + 1) >= FEWEST_ROWS) pieces++;
+    if (call.rows * call.columns * call.outputs < 100000) threads = 1;
+    parallel(threads, blocks * pieces, [&](int64_t task) {
+        const int64_t piece = task % pieces;
+        const int64_t from = call.rows * piece / pieces, to = call.rows * (piece + 1) / pieces;
+        multiply_block<D>(call, task / pieces, from, int(to - from));
+    });
+}
+
+int chunk_of(int64_t group) {
+    int chunk = 8;
+    for (int n = 16; n <= CHUNK && n <= group; n += 8)
+        if (group % n == 0) chunk = n;
+    return chunk;
+}
+
+}  // namespace
+
+extern "C" {
+
+int openawq_version() { return 1; }
+
+void openawq_use_pool(void* function) { pool = reinterpret_cast<Parallel>(function); }
+
+// out [rows, outputs] = x [rows, columns] times the weight; 0, or 1 when there is no memory for it.
+int openawq_w4(
+    const void* x, int64_t x_stride, int x_kind, int64_t rows, int64_t columns, int64_t outputs,
+    const void* codes, const void* scales, int scale_kind, const void* zeros, int64_t group, void* out,
+    int digits, int threads) {
+    Call call{x, x_stride, Kind(x_kind), rows, columns, outputs, static_cast<const uint8_t*>(codes),
+              scales, Kind(scale_kind), static_cast<const uint8_t*>(zeros), group, out,
+              chunk_of(group), 0, nullptr, nullptr, nullptr};
+    call.chunks = columns / call.chunk;
+    const size_t bytes = size_t(rows) * size_t(columns) * size_t(digits);
+    const size_t floats = size_t(rows) * size_t(call.chunks);
+    // 64 bytes more, so that the last broadcast of eight bytes may be read as one.
+    void* memory = std::malloc(bytes + 8 * floats + 64);
+    if (memory == nullptr) return 1;
+    call.x_scale = static_cast<float*>(memory);
+    call.x_sum = call.x_scale + floats;
+    call.digits = reinterpret_cast<int8_t*>(call.x_sum + floats);
+    if (digits == 1) multiply<1>(call, threads);
+    if (digits == 2) multiply<2>(call, threads);
+    if (digits == 3) multiply<3>(call, threads);
+    std::free(memory);
+    return 0;
+}
+
+// Codes uint8 [outputs, columns] to and from the blocks.
+void openawq_pack(const uint8_t* codes, int64_t outputs, int64_t columns, uint8_t* packed, int threads) {
+    const int64_t eights = columns / 8;
+    parallel(threads, (outputs + BLOCK - 1) / BLOCK, [&](int64_t block) {
+        uint8_t* to = packed + block * eights * ROW;
+        for (int64_t e = 0; e < eights; e++)
+            for (int n = 0; n < BLOCK; n++, to += 4) {
+                const int64_t output = block * BLOCK + n;
+                const uint8_t* from = codes + output * columns + 8 * e;
+                for (int b = 0; b < 4; b++)
+                    to[b] = output < outputs ? uint8_t(from[ORDER[b]] | from[ORDER[4 + b]] << 4) : 0;
+            }
+    });
+}
+
+void openawq_unpack(const uint8_t* packed, int64_t outputs, int64_t columns, uint8_t* codes, int threads) {
+    const int64_t eights = columns / 8;
+    parallel(threads, (outputs + BLOCK - 1) / BLOCK, [&](int64_t block) {
+        const int64_t left = outputs - block * BLOCK;
+        const int64_t n = left < BLOCK ? left : BLOCK;
+        for (int64_t i = 0; i < n; i++)
+            for (int64_t e = 0; e < eights; e++) {
+                const uint8_t* from = packed + (block * eights + e) * ROW + 4 * i;
+                uint8_t* to = codes + (block * BLOCK + i) * columns + 8 * e;
+                for (int b = 0; b < 4; b++) {
+                    to[ORDER[b]] = from[b] & 15;
+                    to[ORDER[4 + b]] = from[b] >> 4;
+                }
+            }
+    });
+}
+}

@@ -1,0 +1,152 @@
+"""Our own products for CPUs, in C++ (`cpp/w4.cpp`), for any number of rows.
+
+Activations are written in whole numbers, chunk by chunk of at most 128 input channels, and multiplied with
+the codes in whole numbers: exact sums, so that a row's result depends neither on the rows beside it nor on
+the number of threads. How exact the activations are is a number of signed bytes:
+
+    bytes  for                 relative error of a product, normal activations, before the result is rounded
+    3      float32             3e-7 (a float32 product: 3e-7)
+    2      float16, bfloat16   7e-5 at most (rounding the result: 2e-4 and 2e-3)
+    1      `cpu-w4a8`          6e-3
+
+`cpu-w4a8` is therefore never chosen by itself. Any group that divides by 8 and any number of outputs is
+served. Scales and zero points are held `[groups, out]` in memory, in the order of use.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from awq.errors import KernelError
+from awq.kernels import native
+from awq.kernels.spec import LayerSpec
+from awq.weight import QuantizedWeight
+
+_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_BLOCK = 64
+
+
+class State(NamedTuple):
+    """Codes uint8 `[blocks of 64 outputs, in / 8, 64, 4]`; scales and zeros `[out, groups]`, transposed."""
+
+    packed: Tensor
+    scales: Tensor
+    zeros: Tensor
+    group_size: int
+
+
+class CpuNative:
+    """Products with activations in the precision of their dtype."""
+
+    name = "cpu-w4a16"
+    state_type = State
+
+    def refuses(self, spec: LayerSpec) -> str | None:
+        """Why a layer cannot be served."""
+        if spec.device != "cpu":
+            return f"it runs on the CPU, not on {spec.device}"
+        if spec.bits != 4:
+            return f"it multiplies 4 bits, not {spec.bits}"
+        if spec.group_size % 8:
+            return f"groups of {spec.group_size} do not divide by 8"
+        found = native.load()
+        return found if isinstance(found, str) else None
+
+    def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> State:
+        """Arrange the codes in blocks."""
+        return _prepare(_library(), weight)
+
+    def forward(self, inputs: Tensor, state: State) -> Tensor:
+        """The product for any number of rows; a row with NaN or infinity in it becomes NaN."""
+        return _multiply(_library(), inputs, state, self.digits(inputs.dtype))
+
+    def codes(self, state: State) -> Tensor:
+        """Undo the arrangement."""
+        return _codes(_library(), state)
+
+    def digits(self, dtype: torch.dtype) -> int:
+        """Bytes of an activation."""
+        return 2 if dtype in (torch.float16, torch.bfloat16) else 3
+
+
+class CpuW4A8(CpuNative):
+    """Activations rounded to 8 bits: faster for many rows, and about as far off as bfloat16 squared."""
+
+    name = "cpu-w4a8"
+
+    def digits(self, dtype: torch.dtype) -> int:
+        """One byte, whatever the dtype."""
+        return 1
+
+
+def _library() -> native.Native:
+    found = native.load()
+    if isinstance(found, str):
+        raise KernelError(f"the C++ product for CPUs cannot be used: {found}")
+    return found
+
+
+def _prepare(found: native.Native, weight: QuantizedWeight) -> State:
+    rows, columns = weight.codes.shape
+    codes = weight.codes.contiguous()
+    packed = torch.empty(-(-rows // _BLOCK), columns // 8, _BLOCK, 4, dtype=torch.uint8)
+    found.library.openawq_pack(codes.data_ptr(), rows, columns, packed.data_ptr(), torch.get_num_threads())
+    scales = weight.scales if weight.scales.dtype in _KINDS else weight.scales.float()
+    return State(
+        packed, scales.t().contiguous().t(), weight.zeros.t().contiguous().t(), columns // scales.shape[1]
+    )
+
+
+def _multiply(found: native.Native, inputs: Tensor, state: State, digits: int) -> Tensor:
+    if inputs.dtype not in _KINDS:
+        return _multiply(found, inputs.float(), state, digits).to(inputs.dtype)
+    rows, columns = inputs.shape
+    outputs = state.scales.shape[0]
+    if inputs.stride(1) != 1:
+        inputs = inputs.contiguous()
+    # No copies, unless the state has been through something that made its tensors anew.
+    packed, scales, zeros = state.packed, state.scales.t().contiguous(), state.zeros.t().contiguous()
+    out = torch.empty(rows, outputs, dtype=inputs.dtype)
+    failed = found.library.openawq_w4(
+        inputs.data_ptr(),
+        inputs.stride(0),
+        _KINDS[inputs.dtype],
+        rows,
+        columns,
+        outputs,
+        packed.data_ptr(),
+        scales.data_ptr(),
+        _KINDS[scales.dtype],
+        zeros.data_ptr(),
+        state.group_size,
+        out.data_ptr(),
+        digits,
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise KernelError(f"no memory for {rows} x {columns} activations in {digits} bytes each")
+    return out
+
+
+def _codes(found: native.Native, state: State) -> Tensor:
+    rows, columns = state.scales.shape[0], state.scales.shape[1] * state.group_size
+    codes = torch.empty(rows, columns, dtype=torch.uint8)
+    threads = torch.get_num_threads()
+    found.library.openawq_unpack(state.packed.data_ptr(), rows, columns, codes.data_ptr(), threads)
+    return codes
+
+
+def is_right(found: native.Native) -> bool:
+    """Whether a library just loaded multiplies as it should: a moment's work against a broken compiler."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (72, 64), generator=generator, dtype=torch.uint8)
+    zeros = torch.randint(0, 16, (72, 2), generator=generator, dtype=torch.uint8)
+    weight = QuantizedWeight(codes, torch.rand(72, 2, generator=generator), zeros)
+    inputs = torch.randn(7, 64, generator=generator)
+    state = _prepare(found, weight)
+    expected = inputs @ weight.dequantize().t()
+    off = (_multiply(found, inputs, state, 3) - expected).norm() / expected.norm()
+    return torch.equal(_codes(found, state), codes) and float(off) < 1e-5
