@@ -85,6 +85,14 @@ def test_every_configuration_survives_a_trip_through_json(
     assert QuantConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_presets_are_starting_points() -> None:
+    assert QuantConfig.preset("balanced") == QuantConfig()
+    assert QuantConfig.preset("best", tune=7, bits=4).tune == 7
+    assert QuantConfig.preset("best").refine > QuantConfig().refine
+    with pytest.raises(ConfigError, match="fast, balanced, best"):
+        QuantConfig.preset("quick")
+
+
 def test_autoawqs_dictionary_is_read() -> None:
     given_in_its_readme = {"zero_point": True, "q_group_size": 64, "w_bit": 4, "version": "GEMM"}
     assert QuantConfig.from_dict(given_in_its_readme) == QuantConfig(group_size=64)

@@ -28,6 +28,13 @@ FORMAT_BITS: dict[str, tuple[int, ...]] = {
 # Layouts of plain weights: every loader reads them, and their config.json speaks of no quantization.
 PLAIN_FORMATS = ("float", "folded")
 
+# What the presets change from the defaults.
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"rounding": "nearest"},
+    "balanced": {},
+    "best": {"refine": 4, "tune": 400},
+}
+
 # AutoAWQ's names for the same things, as found in its scripts and in older checkpoints.
 _AUTOAWQ_NAMES = {"w_bit": "bits", "q_group_size": "group_size", "version": "format"}
 
@@ -50,6 +57,8 @@ class QuantConfig:
         modules_to_not_convert: names, or parts of names, of layers to leave as they are.
         method: `awq` (search scales and clips) or `rtn` (plain rounding to nearest).
         rounding: `nearest`, `gptq` (error compensation), or `auto`: the better one, block by block.
+        refine: how often scales are refitted and codes improved after error compensation; 0 for never.
+        tune: steps of gradient tuning of each block as a whole, behind all that; 0 for none. Slow.
         scale_steps: points of the scale search between no scaling and full scaling.
         duo_scaling: also try scales that take the weights' magnitude into account.
         clip: search a narrower range for each group.
@@ -66,6 +75,8 @@ class QuantConfig:
     modules_to_not_convert: tuple[str, ...] = ()
     method: Method = "awq"
     rounding: Rounding = "auto"
+    refine: int = 2
+    tune: int = 0
     scale_steps: int = 20
     duo_scaling: bool = True
     clip: bool = True
@@ -81,7 +92,7 @@ class QuantConfig:
             value = getattr(self, name)
             if value not in _choices(alias):
                 raise ConfigError(f"{name}={value!r} is unknown; choose one of: {', '.join(_choices(alias))}")
-        for name in ("bits", "group_size", "scale_steps"):
+        for name in ("bits", "group_size", "scale_steps", "refine", "tune"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ConfigError(f"{name} must be a whole number, not {value!r}")
@@ -97,14 +108,29 @@ class QuantConfig:
             raise ConfigError(f"dtype=float32: the {self.format!r} format stores 16-bit scales")
         if not self.zero_point:
             raise ConfigError("zero_point=False is not supported: the AWQ layouts store asymmetric codes")
-        if self.scale_steps < 1:
-            raise ConfigError(f"scale_steps={self.scale_steps} must be at least 1")
+        for name, least in (("scale_steps", 1), ("refine", 0), ("tune", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
         # Lists arrive from JSON and from callers; a frozen value holds a tuple.
         skipped = self.modules_to_not_convert or ()
         # An empty name would be part of every other.
         if isinstance(skipped, str) or not all(isinstance(name, str) and name for name in skipped):
             raise ConfigError(f"modules_to_not_convert must be a list of names, not {skipped!r}")
         object.__setattr__(self, "modules_to_not_convert", tuple(skipped))
+
+    @classmethod
+    def preset(cls, name: str, **options: Any) -> QuantConfig:
+        """A preset, with further options.
+
+        Args:
+            name: `fast` (scales and ranges only), `balanced` (the default), or `best` (slow).
+
+        Raises:
+            ConfigError: there is no such preset, or an option has no meaning.
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"preset={name!r} is unknown; choose one of: {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **options})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QuantConfig:

@@ -25,8 +25,14 @@ def command(
     format: Annotated[
         str, typer.Option(help="gemm (AutoAWQ's layout), float or folded (plain weights).")
     ] = "gemm",
+    preset: Annotated[str, typer.Option(help="fast, balanced, or best (slow).")] = "balanced",
     method: Annotated[str, typer.Option(help="awq, or rtn for plain rounding.")] = "awq",
-    rounding: Annotated[str, typer.Option(help="auto (the better one per block), nearest or gptq.")] = "auto",
+    rounding: Annotated[
+        str | None, typer.Option(help="auto (the better one per block), nearest or gptq; from the preset.")
+    ] = None,
+    tune: Annotated[
+        int | None, typer.Option(help="Steps of gradient tuning of each block; from the preset.")
+    ] = None,
     clip: Annotated[bool, typer.Option(help="Search narrower ranges.")] = True,
     skip: Annotated[
         list[str] | None, typer.Option(help="Leave layers whose name holds this; repeat.")
@@ -50,15 +56,17 @@ def command(
     """Quantize a model. Run the same command again after an interruption: it continues."""
     from awq.config import QuantConfig
 
-    config = QuantConfig(
+    chosen = {name: value for name, value in (("rounding", rounding), ("tune", tune)) if value is not None}
+    config = QuantConfig.preset(
+        preset,
         bits=bits,
         group_size=group_size,
-        format=format,  # type: ignore[arg-type]
-        method=method,  # type: ignore[arg-type]
-        rounding=rounding,  # type: ignore[arg-type]
+        format=format,
+        method=method,
         clip=clip,
-        dtype=dtype,  # type: ignore[arg-type]
+        dtype=dtype,
         modules_to_not_convert=tuple(skip or ()),
+        **chosen,
     )
     check_target(report, out)
     check_target(json, out)

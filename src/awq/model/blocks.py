@@ -8,7 +8,7 @@ states in front of a block, and dictionaries through which blocks hand keys and 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, MutableMapping, MutableSequence
+from collections.abc import Callable, Iterator, MutableMapping, MutableSequence
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ class BlockCall:
     kwargs: dict[str, Any]
     added: Added | None = None
 
-    def run(self, block: nn.Module, hidden: Tensor, keep: bool = False) -> Tensor:
+    def run(self, block: Callable[..., Any], hidden: Tensor, keep: bool = False) -> Tensor:
         """The block's output hidden states, with all arguments placed where `hidden` is.
 
         Args:

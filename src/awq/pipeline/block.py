@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from awq.search import (
     gptq,
     nearest,
     output_error,
+    refine,
     search_clip,
     search_scale,
 )
@@ -44,7 +46,7 @@ class BlockResult:
 
     Args:
         codes: the quantized layers by name inside the block.
-        chosen: `gptq`, `nearest` or `rtn`: the candidate with the smallest error at the block's output.
+        chosen: `tuned`, `gptq`, `nearest` or `rtn`: whichever has the smallest error at the output.
         errors: mean squared error of each candidate's block output, relative to the block's own update.
         layers: for each quantized layer its relative output error, and plain rounding's.
         scales: how each fold's scale was found, by producer.
@@ -85,6 +87,7 @@ def quantize_block(
     config: QuantConfig,
     scale_dtype: torch.dtype,
     stored_dtypes: dict[str, torch.dtype],
+    tuner: Callable[[dict[str, Codes]], dict[str, Codes]] | None = None,
 ) -> BlockResult:
     """Choose scales, ranges and codes for `layers`.
 
@@ -102,10 +105,12 @@ def quantize_block(
         config: what to quantize to.
         scale_dtype: storage dtype of quantization scales.
         stored_dtypes: dtype on disk of each parameter that stays float, by name in the block.
+        tuner: improves codes by the block's own output; its float weights are in place then.
     """
     linears = linears_of(block)
     first_of = {name: first for first, members in structure.inputs.items() for name in members}
-    baseline = _round(block, layers, stats, first_of, config, scale_dtype, clip=False, compensate=False)
+    plain = _round(block, layers, stats, first_of, config, scale_dtype, False, ("nearest",))
+    baseline = plain["nearest"]
     layer_errors = {
         name: {"rtn": _relative(linears[name].weight, baseline[name], stats[first_of[name]])}
         for name in layers
@@ -121,14 +126,15 @@ def quantize_block(
                 block, fold, layers, stats, first_of, config, scale_dtype, stored_dtypes
             )
         folded = {name: parameter.data for name, parameter in block.named_parameters()}
-        for rounding in ("nearest", "gptq"):
-            if config.rounding in ("auto", rounding):
-                _restore(block, folded)
-                codes = _round(
-                    block, layers, stats, first_of, config, scale_dtype, config.clip, rounding == "gptq"
-                )
-                candidates[rounding] = codes
-                errors[rounding] = _judged(block, codes, judge)
+        wanted = ("nearest", "gptq") if config.rounding == "auto" else (config.rounding,)
+        found = _round(block, layers, stats, first_of, config, scale_dtype, config.clip, wanted)
+        candidates |= found
+        errors |= {rounding: _judged(block, codes, judge) for rounding, codes in found.items()}
+        if tuner is not None:
+            best = min(errors.keys() - {"rtn"}, key=lambda name: (errors[name], name))
+            _restore(block, folded)
+            candidates["tuned"] = tuner(candidates[best])
+            errors["tuned"] = _judged(block, candidates["tuned"], judge)
     chosen = min(errors, key=lambda name: (errors[name], name))
     if chosen == "rtn":
         reload()
@@ -233,11 +239,14 @@ def _round(
     config: QuantConfig,
     dtype: torch.dtype,
     clip: bool,
-    compensate: bool,
-) -> dict[str, Codes]:
-    """Codes of every layer. Layers that share an input are stacked: rows are independent of one another."""
+    roundings: Sequence[str],
+) -> dict[str, dict[str, Codes]]:
+    """Codes of every layer for each of the `roundings`, `{rounding: {layer: codes}}`.
+
+    Layers that share an input are stacked: rows are independent of one another.
+    """
     linears = linears_of(block)
-    out: dict[str, Codes] = {}
+    out: dict[str, dict[str, Codes]] = {rounding: {} for rounding in roundings}
     for first, members in _stacks(linears, layers, first_of):
         weight = torch.cat([linears[name].weight.data for name in members])
         size = config.effective_group_size(weight.shape[1])
@@ -246,14 +255,16 @@ def _round(
             low, high = search_clip(weight, seen, config.bits, size, dtype)
         else:
             low, high = full_range(weight, size)
-        if compensate:
-            panel = panel_for(weight.device) or round_panel
-            stacked = gptq(weight, seen, low, high, config.bits, dtype, panel)
-        else:
-            stacked = nearest(weight, low, high, config.bits, dtype)
         rows = [linears[name].out_features for name in members]
-        for name, *parts in zip(members, *(tensor.split(rows) for tensor in stacked), strict=True):
-            out[name] = Codes(*parts)
+        for rounding in roundings:
+            if rounding == "gptq":
+                panel = panel_for(weight.device) or round_panel
+                stacked = gptq(weight, seen, low, high, config.bits, dtype, panel)
+                stacked = refine(weight, seen, stacked, config.bits, config.refine)
+            else:
+                stacked = nearest(weight, low, high, config.bits, dtype)
+            for name, *parts in zip(members, *(tensor.split(rows) for tensor in stacked), strict=True):
+                out[rounding][name] = Codes(*parts)
     return out
 
 
@@ -282,6 +293,19 @@ def _judged(block: nn.Module, codes: dict[str, Codes], judge: Callable[[], float
     for name, layer in codes.items():
         block.get_submodule(name).weight.data = layer.values()
     return judge()
+
+
+@contextmanager
+def holding(block: nn.Module, codes: Mapping[str, Codes]) -> Iterator[None]:
+    """Within a `with` block, the layers hold the values of `codes`."""
+    kept = {name: block.get_submodule(name).weight.data for name in codes}
+    try:
+        for name, layer in codes.items():
+            block.get_submodule(name).weight.data = layer.values()
+        yield
+    finally:
+        for name, value in kept.items():
+            block.get_submodule(name).weight.data = value
 
 
 def _restore(block: nn.Module, values: dict[str, Tensor]) -> None:

@@ -51,6 +51,8 @@ class Feed:
         self.batch_tokens = batch_tokens
         self._prepare()
         self.hidden = [item.hidden for item in self._passes]
+        # Hidden states as the quantized blocks before give them; None where nobody asks.
+        self.quantized: list[Tensor] | None = None
 
     def _prepare(self) -> None:
         made = make_batches(self._texts, batch_tokens=self.batch_tokens)
@@ -69,13 +71,26 @@ class Feed:
         """Whether blocks may hand things to later ones, beside the hidden states."""
         return any(item.shares_state for item in self._passes)
 
-    def at(self, block: int) -> list[Batch]:
-        """The calibration batches in front of a block."""
+    def at(self, block: int, quantized: bool = False) -> list[Batch]:
+        """The calibration batches in front of a block, as the blocks before or their quantized selves give
+        them."""
         masks = [batch.mask for batch in self._token_batches]
+        states = self.hidden if not quantized or self.quantized is None else self.quantized
         return [
             Batch(hidden, item.calls[block], mask)
-            for hidden, item, mask in zip(self.hidden, self._passes, masks, strict=False)
+            for hidden, item, mask in zip(states, self._passes, masks, strict=False)
         ]
+
+    def put(self, states: list[Tensor]) -> None:
+        """Take hidden states back from a journal: all batches', and the quantized blocks' where there are
+        some."""
+        count = len(self._passes)
+        self.hidden, rest = states[:count], states[count:]
+        self.quantized = rest or None
+
+    def states(self) -> list[Tensor]:
+        """What `put` takes."""
+        return self.hidden + (self.quantized or [])
 
     def probes_at(self, block: int) -> tuple[Batch, Batch]:
         """The long and the single-token probe in front of a block."""
@@ -101,20 +116,26 @@ class Feed:
             what = "one input with images" if self._given else f"one sample of {longest} tokens"
             raise StructureError(f"{what} does not fit in memory; use a smaller --seq-len or smaller images")
         count = len(self._token_batches) - len(self._given)
-        rows = {
-            index: hidden[row, : len(self._texts[index])]
-            for batch, hidden in zip(self._token_batches[:count], self.hidden, strict=False)
-            for row, index in enumerate(batch.index)
-        }
-        others = self.hidden[count:]
+        before = self._token_batches[:count]
         self.batch_tokens = max(longest, self.batch_tokens // 2)
         self._prepare()
+        self.hidden = self._cut(before, self.hidden)
+        if self.quantized is not None:
+            self.quantized = self._cut(before, self.quantized)
+
+    def _cut(self, before: list[TokenBatch], states: list[Tensor]) -> list[Tensor]:
+        """Hidden states of the batches `before`, cut as the batches are now."""
+        rows = {
+            index: hidden[row, : len(self._texts[index])]
+            for batch, hidden in zip(before, states, strict=False)
+            for row, index in enumerate(batch.index)
+        }
         joined = [
             torch.nn.utils.rnn.pad_sequence([rows[index] for index in batch.index], batch_first=True)
             for batch in self._token_batches
             if batch.index
         ]
-        self.hidden = joined + others
+        return joined + states[len(before) :]
 
     def state(self) -> dict[str, Tensor]:
         """What blocks have handed to later ones, by names that `restore` understands.

@@ -16,9 +16,12 @@ _CPU_BATCH_TOKENS = 4096
 _MOST_BATCH_TOKENS = 65536
 
 
-def batch_tokens_for(device: torch.device, blocks: Sequence[nn.Module]) -> int:
-    """Tokens of a batch: a quarter of an accelerator's free memory, at float32 and two copies each."""
-    if device.type != "cuda":
+def batch_tokens_for(device: torch.device, blocks: Sequence[nn.Module], tuning: bool = False) -> int:
+    """Tokens of a batch: a quarter of an accelerator's free memory, at float32 and two copies each.
+
+    Gradients keep everything a block computes, and a few samples tell them enough.
+    """
+    if device.type != "cuda" or tuning:
         return _CPU_BATCH_TOKENS
     free, _ = torch.cuda.mem_get_info(device)
     per_token = max(channels_at_once(block) for block in blocks)

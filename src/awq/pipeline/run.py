@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,13 @@ from awq.model import Skeleton, find_blocks, open_model, pick_device
 from awq.model.fetch import load_processor, load_tokenizer, resolve
 from awq.model.groups import linears_of
 from awq.model.invariance import prove
-from awq.pipeline.block import BlockResult, make_judge, quantize_block, report_of
+from awq.pipeline.block import BlockResult, holding, make_judge, quantize_block, report_of
 from awq.pipeline.discover import discover, float32_by_default, matmul_precision
 from awq.pipeline.feed import Feed
 from awq.pipeline.finish import cast, finish
 from awq.pipeline.journal import Journal, check_output, lock, open_journal, recognise, taken
 from awq.pipeline.memory import batch_tokens_for, peak_memory
-from awq.pipeline.observe import Seen, coverage_of, measure
+from awq.pipeline.observe import Batch, Seen, coverage_of, measure
 from awq.pipeline.preflight import (
     Files,
     KindPlan,
@@ -38,7 +39,9 @@ from awq.pipeline.preflight import (
 )
 from awq.pipeline.report import BlockReport, Plan, Progress, Report, Silent
 from awq.pipeline.skipped import left_float, not_converted
+from awq.pipeline.tune import tune
 from awq.pipeline.writer import DEFAULT_SHARD_BYTES, ShardWriter
+from awq.search import Codes
 from awq.weight import QuantizedWeight
 
 
@@ -172,7 +175,7 @@ class _Run:
         list_name, blocks = find_blocks(skeleton.model)
         settings = self._settings(skeleton, calibration, batch_tokens, max_shard_bytes)
         unfinished = check_output(self.out, settings, overwrite)
-        tokens = batch_tokens or batch_tokens_for(self.device, blocks)
+        tokens = batch_tokens or batch_tokens_for(self.device, blocks, bool(self.config.tune))
         if unfinished is not None:
             # Both decide how sums are rounded, and so the bytes.
             tokens = unfinished.batch_tokens
@@ -221,7 +224,8 @@ class _Run:
                 first, count = files.unused[0], len(files.unused)
                 self.progress.note(f"{count} tensors the model does not use are carried over ({first} …)")
             if journal.resumed and len(journal.blocks) < len(blocks):
-                feed.hidden, state = journal.behind()
+                states, state = journal.behind()
+                feed.put(states)
                 feed.restore(state)
             self.seconds["prepare"] = time.perf_counter() - self.started
             with matmul_precision("high" if self.device.type == "cuda" else "highest"):
@@ -294,6 +298,9 @@ class _Run:
             parameter: files.dtypes[skeleton.keys[f"{name}.{parameter}"]]
             for parameter, _ in block.named_parameters()
         }
+        # Blocks that share state would need a second one for the quantized blocks' states.
+        follows = bool(self.config.tune) and not feed.shares_state
+        batches = feed.at(index, quantized=follows)
         with self._timed("search"):
             result = quantize_block(
                 block,
@@ -302,11 +309,15 @@ class _Run:
                 [proof.fold for proof in proofs if proof.holds],
                 kind.layers,
                 seen.stats,
-                make_judge(block, feed.at(index), seen.outputs, self.device),
+                make_judge(block, batches, seen.outputs, self.device),
                 self.config,
                 scale_dtype(self.config),
                 stored,
+                partial(self._tuned, block, batches, seen.outputs) if self.config.tune else None,
             )
+            if follows:
+                with holding(block, result.codes):
+                    feed.quantized = [b.run(block, self.device).to(b.hidden.device) for b in batches]
         if not any(error < float("inf") for error in result.errors.values()):
             raise WeightError(f"{name} gives NaN or infinity on the calibration text, quantized or not")
         with self._timed("write"):
@@ -320,8 +331,17 @@ class _Run:
             outcome["dropped_folds"] = {p.fold.producer: p.change for p in proofs if not p.holds}
             report = BlockReport(name, spent, outcome)
             journal.batch_tokens = feed.batch_tokens  # the hidden states are cut that way
-            journal.finish_block(dataclasses.asdict(report), feed.hidden, feed.state())
+            journal.finish_block(dataclasses.asdict(report), feed.states(), feed.state())
         self.progress.block_done(index, report)
+
+    def _tuned(
+        self,
+        block: nn.Module,
+        batches: list[Batch],
+        targets: list[torch.Tensor],
+        codes: dict[str, Codes],
+    ) -> dict[str, Codes]:
+        return tune(block, codes, batches, targets, self.config.tune, self.config.bits, self.device)
 
     def _measured(self, block: nn.Module, kind: KindPlan, feed: Feed, index: int) -> Seen:
         """Statistics and outputs, with smaller batches whenever memory runs out."""

@@ -2,6 +2,7 @@
 
 from awq.search.clip import search_clip
 from awq.search.gram import GramAccumulator, InputStats, output_error
+from awq.search.refine import refine
 from awq.search.rounding import Codes, fake_quantize, full_range, gptq, nearest, quant_params
 from awq.search.scale import ScaleChoice, ScaleGrid, search_scale
 
@@ -17,6 +18,7 @@ __all__ = [
     "nearest",
     "output_error",
     "quant_params",
+    "refine",
     "search_clip",
     "search_scale",
 ]

@@ -19,7 +19,7 @@ from torch import Tensor
 from awq.search.gram import InputStats
 
 # Share of the mean diagonal added to G before it is inverted.
-_DAMPING = 0.01
+DAMPING = 0.01
 # Channels rounded before their errors are passed on together; a matter of speed alone.
 _PANEL = 128
 # Rounds a panel, as `round_panel` below.
@@ -90,7 +90,7 @@ def inverse_factor(gram: Tensor) -> Tensor:
     eye = torch.eye(gram.shape[0], device=gram.device, dtype=gram.dtype)
     if not mean > 0:
         return eye
-    damping = _DAMPING
+    damping = DAMPING
     while True:
         factor, failed = torch.linalg.cholesky_ex(gram + damping * mean * eye)
         if not int(failed):

@@ -1,0 +1,155 @@
+"""Better codes and scales after GPTQ, in the same storage format, from the same statistics.
+
+Two steps take turns, and neither ever makes tr(ΔW G ΔWᵀ) larger:
+
+- *Refit*: with the codes fixed, a row's values are linear in its groups' scales, so the best scales are the
+  solution of one small linear system for each row (in place of ranges that were chosen group by group).
+- *Descent*: with the scales fixed, each code in turn moves to the value that is best given all others
+  (coordinate descent). GPTQ visits every channel once and cannot take a decision back; this can.
+
+G is damped as it is for GPTQ, so that what is fitted are the tokens at large and not the ones that were seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from awq.search.gram import InputStats
+from awq.search.rounding import DAMPING, Codes
+
+# Channels whose codes move before the effect on all others is brought up to date.
+_PANEL = 128
+# Floats of the largest intermediate of a refit.
+_FLOATS = 1 << 26
+# Moves the codes of a panel, as `move_panel` below.
+Mover = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+
+
+def refine(
+    weight: Tensor, stats: InputStats, codes: Codes, bits: int, rounds: int, mover: Mover | None = None
+) -> Codes:
+    """Refit the scales and descend, `rounds` times.
+
+    Args:
+        weight: float32 `[out, in]`.
+        stats: what the layer saw.
+        codes: where to start.
+        rounds: how often; gains halve from one to the next.
+        mover: moves the codes of a panel; on some devices another than this module's is faster.
+    """
+    grams = damped(stats.gram)
+    for _ in range(rounds):
+        codes = _refitted(weight, grams, codes)
+        codes = _descended(weight, grams, codes, 2**bits - 1, mover or move_panel)
+    return codes
+
+
+def damped(gram: Tensor) -> Tensor:
+    """`gram` `[parts, width, width]` with a small share of its mean diagonal added to the diagonal."""
+    gram = gram.clone()
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    diagonal += DAMPING * diagonal.mean(1, keepdim=True)
+    return gram
+
+
+def move_panel(codes: Tensor, slope: Tensor, gram: Tensor, scales: Tensor, levels: int) -> Tensor:
+    """Move the codes of a panel of channels, one channel after another, to where they do best.
+
+    Args:
+        codes: float32 `[channels, out]`, moved in place.
+        slope: float32 `[channels, out]`, half the gradient of the error with respect to the values; brought
+            up to date in place.
+        gram: float32 `[channels, channels]`, the panel's part of G.
+        scales: float32 `[channels, out]`.
+
+    Returns:
+        By how much the values changed, float32 `[channels, out]`.
+    """
+    moves = torch.empty_like(slope)
+    diagonal = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny)
+    for i in range(codes.shape[0]):
+        best = codes[i] - slope[i] / (scales[i] * diagonal[i])
+        best = best.round_().clamp_(0, levels)
+        moves[i] = (best - codes[i]).mul_(scales[i])
+        codes[i] = best
+        slope.addr_(gram[i], moves[i])
+    return moves
+
+
+def _descended(weight: Tensor, grams: Tensor, start: Codes, levels: int, mover: Mover) -> Codes:
+    size = weight.shape[1] // start.scales.shape[1]
+    out = torch.empty_like(start.codes)
+    parts, width, _ = grams.shape
+    for part in range(parts):
+        # The most energetic first; channels along rows, so that each step works on contiguous memory.
+        order = torch.argsort(grams[part].diagonal(), descending=True, stable=True)
+        gram = grams[part][order][:, order]
+        columns = order + part * width
+        scales, zeros = (t.float()[:, columns // size].t().contiguous() for t in start[1:])
+        codes = start.codes[:, columns].t().float()
+        slope = gram @ ((codes - zeros) * scales - weight[:, columns].t())
+        for begin in range(0, width, _PANEL):
+            here = slice(begin, begin + _PANEL)
+            panel = slope[here].clone()
+            moves = mover(codes[here], panel, gram[here, here].contiguous(), scales[here], levels)
+            slope.addmm_(gram[:, here], moves)
+        out[:, columns] = codes.t().to(torch.uint8)
+    return Codes(out, start.scales, start.zeros)
+
+
+def _refitted(weight: Tensor, grams: Tensor, start: Codes) -> Codes:
+    parts, width, _ = grams.shape
+    groups = start.scales.shape[1] // parts
+    rows = max(1, _FLOATS // (width * groups))
+    scales = torch.cat(
+        [
+            torch.cat(
+                [
+                    _best_scales(values, codes, zeros, old, grams[part])
+                    for values, codes, zeros, old in zip(
+                        weight[:, part * width : (part + 1) * width].split(rows),
+                        start.codes[:, part * width : (part + 1) * width].split(rows),
+                        start.zeros[:, part * groups : (part + 1) * groups].split(rows),
+                        start.scales[:, part * groups : (part + 1) * groups].split(rows),
+                        strict=True,
+                    )
+                ]
+            )
+            for part in range(parts)
+        ],
+        dim=1,
+    )
+    new = Codes(start.codes, scales, start.zeros)
+    better = _error(weight, new, grams) < _error(weight, start, grams)
+    return Codes(start.codes, torch.where(better.unsqueeze(1), scales, start.scales), start.zeros)
+
+
+def _best_scales(weight: Tensor, codes: Tensor, zeros: Tensor, old: Tensor, gram: Tensor) -> Tensor:
+    """Scales `[rows, groups]` that minimise the error of each row of `weight` `[rows, width]`.
+
+    With U the codes less their zero points, one block of columns for each group, the error is
+    (w - U s)ᵀ G (w - U s), so that UᵀGU s = UᵀGw.
+    """
+    groups = old.shape[1]
+    width = gram.shape[0]
+    units = codes.view(len(codes), groups, -1).float() - zeros.unsqueeze(-1).float()
+    spread = torch.einsum("xgs,rgs->rxg", gram.view(width, groups, -1), units)
+    normal = torch.einsum("rhs,rhsg->rhg", units, spread.view(len(codes), groups, -1, groups))
+    target = torch.einsum("rgs,rgs->rg", units, (weight @ gram).view_as(units))
+    diagonal = normal.diagonal(dim1=1, dim2=2)
+    diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + torch.finfo(gram.dtype).tiny
+    solved, failed = torch.linalg.solve_ex(normal, target.unsqueeze(-1))
+    scales = solved.squeeze(-1)
+    # A group of zeros has no best scale, and a wild one would be of no use to the next step.
+    sane = (scales > 0.25 * old.float()) & (scales < 4 * old.float()) & (failed == 0).unsqueeze(1)
+    return torch.where(sane, scales, old.float()).to(old.dtype)
+
+
+def _error(weight: Tensor, codes: Codes, grams: Tensor) -> Tensor:
+    """Error of each row under damped statistics, `[out]`."""
+    parts, width, _ = grams.shape
+    delta = (codes.values() - weight).view(len(weight), parts, width).transpose(0, 1)
+    return (torch.bmm(delta, grams) * delta).sum(dim=(0, 2))
