@@ -146,6 +146,58 @@ def test_a_hidden_consumer_makes_the_proof_fail() -> None:
     assert folds["down"].producer == "up"
 
 
+class Massive(Hidden):
+    """One channel of the stream is so large that nothing seems to change beside it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        lift = torch.zeros(64)
+        lift[5] = 1e6
+        return super().forward(x) + lift
+
+
+def test_a_massive_channel_does_not_hide_a_mistake() -> None:
+    torch.manual_seed(0)
+    folds, changes = folds_of(Massive())
+    assert "up" not in folds
+    assert max(changes) > 100 * TOLERANCE
+    assert folds["down"].producer == "up"
+
+
+class Own(nn.Module):
+    """A norm that calls its vectors as it likes, and a gain that is a parameter of the block itself."""
+
+    class Level(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain, self.shift = nn.Parameter(torch.rand(64) + 0.5), nn.Parameter(torch.randn(64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x / x.abs().mean(-1, keepdim=True) * self.gain + self.shift
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.level, self.loose = self.Level(), nn.Parameter(torch.rand(64) + 0.5)
+        self.up, self.out = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.tanh(self.up(self.level(x)))
+        return x + self.out(torch.sin(x) * self.loose)
+
+
+def test_vectors_of_any_name_take_a_scale() -> None:
+    torch.manual_seed(0)
+    block = Own()
+    folds, _ = folds_of(block)
+    assert (folds["up"].producer, folds["up"].weight, folds["up"].bias) == ("level", "gain", "shift")
+    assert (folds["out"].producer, folds["out"].source) == ("", "loose")
+    x = torch.randn(2, 12, 64)
+    with torch.no_grad():
+        reference = block(x)
+        for fold in folds.values():
+            apply(block, fold, torch.rand(len(fold.rows)) * 3 + 0.2)
+        assert float((block(x) - reference).abs().max() / reference.abs().max()) < TOLERANCE
+
+
 class Smooth(Hidden):
     """An activation that is no factor."""
 

@@ -60,7 +60,7 @@ class KindPlan:
             "others": self.others,
             "folds": [
                 {
-                    "producer": proof.fold.producer,
+                    "producer": proof.fold.source,
                     "rule": proof.fold.rule,
                     "consumers": list(proof.fold.consumers),
                     "channels": len(proof.fold.rows),
@@ -86,7 +86,7 @@ class KindPlan:
                     else "no weight of the block comes before it"
                 )
             elif not proofs[name].holds:
-                producer, change = proofs[name].fold.producer, proofs[name].change
+                producer, change = proofs[name].fold.source, proofs[name].change
                 reasons[name] = f"folding into {producer} would change the output by {change:.0e}"
         return reasons
 

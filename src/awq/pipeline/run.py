@@ -283,7 +283,7 @@ class _Run:
             behind = [p.run(block, self.device, keep=True).to(p.hidden.device) for p in (long, single)]
         for proof in proofs:
             if not proof.holds:
-                self.progress.note(f"{name}: folding into {proof.fold.producer} dropped ({proof.change:.1e})")
+                self.progress.note(f"{name}: folding into {proof.fold.source} dropped ({proof.change:.1e})")
         for owner, item in seen.coverage.items():
             if item.starved:
                 self.progress.note(
@@ -317,7 +317,7 @@ class _Run:
             outcome = report_of(result)
             if seen.coverage:
                 outcome["experts"] = coverage_of(seen.coverage)
-            outcome["dropped_folds"] = {p.fold.producer: p.change for p in proofs if not p.holds}
+            outcome["dropped_folds"] = {p.fold.source: p.change for p in proofs if not p.holds}
             report = BlockReport(name, spent, outcome)
             journal.batch_tokens = feed.batch_tokens  # the hidden states are cut that way
             journal.finish_block(dataclasses.asdict(report), feed.hidden, feed.state())
