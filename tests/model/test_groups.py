@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from awq.model.blocks import kind_of
+from awq.model.blocks import BlockCall, kind_of
 from awq.model.groups import Fold, propose
 from awq.model.invariance import TOLERANCE, apply, prove
+from awq.pipeline.observe import Batch
 
 
 def folds_of(block: nn.Module, width: int = 64) -> tuple[dict[str, Fold], list[float]]:
@@ -161,6 +162,31 @@ def test_a_massive_channel_does_not_hide_a_mistake() -> None:
     assert "up" not in folds
     assert max(changes) > 100 * TOLERANCE
     assert folds["down"].producer == "up"
+
+
+class Lending(nn.Module):
+    """Values that the block's own output layer reads, and that are also left for a later block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.value, self.out = Norm(64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor, shared: dict[str, Any]) -> Tensor:
+        shared["value"] = value = self.value(self.norm(x))
+        return x + self.out(value)
+
+
+def test_what_a_block_leaves_for_later_ones_must_stay_as_it_was() -> None:
+    torch.manual_seed(0)
+    block = Lending()
+    batch = Batch(torch.randn(2, 12, 64), BlockCall((), {"shared": {}}), None)
+    single = Batch(torch.randn(16, 1, 64), BlockCall((), {"shared": {}}), None)
+    cpu = torch.device("cpu")
+    with torch.no_grad():
+        structure = propose(block, lambda: batch.run(block, cpu), lambda: single.run(block, cpu))
+        proofs = {p.fold.producer: p for p in prove(block, structure.folds, lambda: batch.whole(block, cpu))}
+    assert proofs["norm"].holds
+    assert proofs["value"].change > 100 * TOLERANCE
 
 
 class Own(nn.Module):

@@ -125,7 +125,7 @@ def watch_inputs(block: nn.Module, seen: Callable[[str, Tensor], None]) -> Itera
         yield
 
 
-def propose(block: nn.Module, run: Callable[[], Tensor], probe_run: Callable[[], Tensor]) -> Structure:
+def propose(block: nn.Module, run: Callable[[], object], probe_run: Callable[[], object]) -> Structure:
     """Discover the structure of a block whose weights are loaded.
 
     Args:
@@ -196,7 +196,7 @@ def _inputs_of(block: nn.Module, run: Callable[[], object]) -> dict[str, Tensor]
     return seen
 
 
-def _everywhere(block: nn.Module, run: Callable[[], Tensor]) -> None:
+def _everywhere(block: nn.Module, run: Callable[[], object]) -> None:
     """Run with every expert in every place; a layer keeps the first input it gets."""
     for steps in range(rotations(block)):
         with rotated(block, steps):
@@ -264,7 +264,7 @@ def _producers(block: nn.Module) -> Iterator[Producer]:
                 yield path, module, (vectors[0], vectors[1])
 
 
-def _in_running_order(producers: Iterator[Producer], run: Callable[[], Tensor]) -> list[Producer]:
+def _in_running_order(producers: Iterator[Producer], run: Callable[[], object]) -> list[Producer]:
     """Those that run, in the order in which they first do."""
     ran: list[str] = []
     found = list(producers)
@@ -287,7 +287,7 @@ def _read_rows(
     names: tuple[str, str],
     inputs: dict[str, tuple[str, ...]],
     before: dict[str, Tensor],
-    run: Callable[[], Tensor],
+    run: Callable[[], object],
     changed: set[str],
 ) -> Iterator[Fold]:
     """Folds whose producer is `module`: for each shared input, the rows read off the changed ratios.
@@ -336,7 +336,7 @@ def _decode(
     rows: Tensor,
     watched: list[str],
     before: dict[str, Tensor],
-    run: Callable[[], Tensor],
+    run: Callable[[], object],
     changed: set[str],
 ) -> dict[str, Tensor]:
     """For each watched input whose every live channel is a factor of one row: that row, int64 `[in]`."""

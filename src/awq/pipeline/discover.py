@@ -48,7 +48,7 @@ def discover(
         with matmul_precision("highest"):
             kind = discover_kind(
                 block,
-                partial(long.run, block, device),
+                partial(long.whole, block, device),
                 partial(single.run, block, device),
                 config,
                 named[first],

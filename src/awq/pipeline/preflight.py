@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from awq.config import PLAIN_FORMATS, QuantConfig
-from awq.errors import ConfigError, DiskFullError
+from awq.errors import ConfigError, DiskFullError, StructureError
 from awq.formats import get_format
 from awq.model import Skeleton, kind_of
 from awq.model.experts import expert_names
 from awq.model.groups import Fold, Structure, linears_of, propose, readers_of, width_of
-from awq.model.invariance import Proof, prove
+from awq.model.invariance import Output, Proof, prove
 from awq.model.weights import FLOAT_DTYPES, TensorInfo
 from awq.pipeline.memory import channels_at_once
 from awq.pipeline.writer import ShardPlan, TensorPlan, plan_shards, tensor_plan
@@ -87,14 +87,18 @@ class KindPlan:
                 )
             elif not proofs[name].holds:
                 producer, change = proofs[name].fold.source, proofs[name].change
-                reasons[name] = f"folding into {producer} would change the output by {change:.0e}"
+                reasons[name] = (
+                    f"folding into {producer} would change the output by {change:.0e}"
+                    if math.isfinite(change)
+                    else f"a layer that did not run may read what {producer} gives"
+                )
         return reasons
 
 
 def discover_kind(
     block: nn.Module,
-    run: Callable[[], Tensor],
-    probe_run: Callable[[], Tensor],
+    run: Callable[[], Output],
+    probe_run: Callable[[], object],
     config: QuantConfig,
     named: frozenset[str],
 ) -> KindPlan:
@@ -102,7 +106,7 @@ def discover_kind(
 
     Args:
         block: a block of the kind, its float32 weights in place.
-        run, probe_run: see `awq.model.groups.propose`.
+        run, probe_run: see `awq.model.invariance.prove` and `awq.model.groups.propose`.
         config: what to quantize to.
         named: layers of the block that `modules_to_not_convert` names.
     """
@@ -226,6 +230,36 @@ def require_layers(kinds: Sequence[KindPlan], config: QuantConfig, blocks: Seque
     raise ConfigError(
         f"group_size={config.group_size} with bits={config.bits} serves no layer of this model{cure} "
         f"({'; '.join(reasons) or 'its blocks have no linear layers'})"
+    )
+
+
+def require_scales(kinds: Sequence[KindPlan], config: QuantConfig) -> list[str]:
+    """Refuse to search for scales in a model that has no place for any.
+
+    Args:
+        kinds: the kind of each block.
+        config: what to quantize to.
+
+    Returns:
+        A note on each kind of block in which nothing can be scaled, while something can in others.
+
+    Raises:
+        StructureError: nothing can be scaled at all; plain rounding is the user's to choose.
+    """
+    idle = {id(kind): kind for kind in kinds if kind.layers and not kind.folds}
+    if config.method != "awq" or not idle:
+        return []
+    told = []
+    for kind in idle.values():
+        count = sum(k is kind for k in kinds)
+        first, *more = [f"{name}: {reason}" for name, reason in kind.unscaled().items()]
+        others = f", and {len(more)} more layers" if more else ""
+        told.append(f"nothing to scale in {count} x {kind.name} ({first}{others})")
+    if any(kind.folds for kind in kinds):
+        return told
+    raise StructureError(
+        f"AWQ scales nothing in this model: {'; '.join(told)}. Plain rounding works without scales: choose "
+        "method='rtn' (--method rtn). `awq inspect` shows what was found"
     )
 
 

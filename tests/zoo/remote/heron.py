@@ -14,12 +14,12 @@ from transformers.modeling_outputs import CausalLMOutput
 class HeronConfig(PretrainedConfig):
     model_type = "heron"
 
-    def __init__(self, letters=128, width=64, depth=2, eyes=4, wings=2, leak=-1, bare=False, **kwargs):
+    def __init__(self, letters=128, width=64, depth=2, eyes=4, wings=2, leak=-1, bare=(), **kwargs):
         super().__init__(**kwargs)
         self.letters, self.width, self.depth = letters, width, depth
         self.eyes, self.wings = eyes, wings
         self.leak = leak  # a block that lets its norm's output out by another door
-        self.bare = bare  # no gains, no values, no gates: nothing to move a scale into
+        self.bare = list(bare)  # blocks with no gains, no values, no gates: nothing to move a scale into
 
 
 class Level(nn.Module):
@@ -38,12 +38,12 @@ class Bare(nn.Module):
 
 
 class Gaze(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, bare):
         super().__init__()
         self.eyes, self.wings, self.size = config.eyes, config.wings, config.width // config.eyes
         self.kvq = nn.Linear(config.width, (config.eyes + 2 * config.wings) * self.size)
         self.back = nn.Linear(config.width, config.width, bias=False)
-        self.bare = config.bare
+        self.bare = bare
 
     def forward(self, stream, veil, slope):
         batch, time, _ = stream.shape
@@ -59,11 +59,12 @@ class Gaze(nn.Module):
 class Fishing(nn.Module):
     def __init__(self, config, number):
         super().__init__()
-        self.first, self.second = (Bare() if config.bare else Level(config.width) for _ in range(2))
-        self.gaze = Gaze(config)
+        self.bare = number in config.bare
+        self.first, self.second = (Bare() if self.bare else Level(config.width) for _ in range(2))
+        self.gaze = Gaze(config, self.bare)
         self.dive = nn.Linear(config.width, 4 * config.width)
         self.rise = nn.Linear(2 * config.width, config.width)
-        self.number, self.leak, self.bare = number, config.leak, config.bare
+        self.number, self.leak = number, config.leak
 
     def forward(self, *, stream, veil, slope):
         calm = self.first(stream)
