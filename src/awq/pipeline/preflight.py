@@ -35,7 +35,7 @@ class KindPlan:
     """One kind of block: its structure, the folds that held, and what is quantized in it.
 
     `layers` are names inside the block; `skipped` gives the reason for each linear layer left float, and
-    `others` tells of each further matrix what holds it.
+    `others` tells of each further matrix what holds it. `shapes` are `(out, in)` of the linear layers.
     """
 
     name: str
@@ -44,6 +44,7 @@ class KindPlan:
     layers: tuple[str, ...]
     skipped: dict[str, str]
     others: dict[str, str] = dataclasses.field(default_factory=dict)
+    shapes: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     @property
     def folds(self) -> list[Fold]:
@@ -56,6 +57,7 @@ class KindPlan:
             "name": self.name,
             "blocks": blocks,
             "layers": list(self.layers),
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "skipped": self.skipped,
             "others": self.others,
             "folds": [
@@ -115,7 +117,8 @@ def discover_kind(
         proofs = _unless_silent(block, structure, prove(block, structure.folds, run))
     skipped = _skip_reasons(block, structure, config, named)
     layers = tuple(name for members in structure.inputs.values() for name in members if name not in skipped)
-    return KindPlan(type(block).__name__, structure, proofs, layers, skipped, _others(block, skipped))
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears_of(block).items()}
+    return KindPlan(type(block).__name__, structure, proofs, layers, skipped, _others(block, skipped), shapes)
 
 
 def _others(block: nn.Module, skipped: Collection[str]) -> dict[str, str]:
