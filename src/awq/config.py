@@ -57,12 +57,12 @@ class QuantConfig:
         modules_to_not_convert: names, or parts of names, of layers to leave as they are.
         method: `awq` (search scales and clips) or `rtn` (plain rounding to nearest).
         rounding: `nearest`, `gptq` (error compensation), or `auto`: the better one, block by block.
-        refine: how often scales are refitted and codes improved after error compensation; 0 for never.
-        tune: steps of gradient tuning of each block as a whole, behind all that; 0 for none. Slow.
         scale_steps: points of the scale search between no scaling and full scaling.
         duo_scaling: also try scales that take the weights' magnitude into account.
         clip: search a narrower range for each group.
         dtype: of the float tensors written: `auto` keeps each one's own; `float32` is for plain weights.
+        refine: how often scales are refitted and codes improved after error compensation; 0 for never.
+        tune: steps of gradient tuning of each block as a whole, behind all that; 0 for none. Slow.
 
     Raises:
         ConfigError: a value has no meaning, or values contradict one another.
@@ -75,12 +75,12 @@ class QuantConfig:
     modules_to_not_convert: tuple[str, ...] = ()
     method: Method = "awq"
     rounding: Rounding = "auto"
-    refine: int = 2
-    tune: int = 0
     scale_steps: int = 20
     duo_scaling: bool = True
     clip: bool = True
     dtype: StorageDtype = "auto"
+    refine: int = 2
+    tune: int = 0
 
     def __post_init__(self) -> None:
         for name, alias in (

@@ -214,10 +214,15 @@ def test_inspect_tells_what_would_become_of_a_float_model(awq: Any, original: Pa
     done = awq("inspect", original, "--group-size", 32)
     assert done.code == 0, done.err
     assert "2 blocks in model.layers" in done.out
-    assert (
-        "input_layernorm → self_attn.q_proj, self_attn.k_proj, self_attn.v_proj: 64 channels, proved"
-        in done.out
-    )
+    lines = [line.strip(" │├└─") for line in done.out.splitlines()]
+    place = next(i for i, line in enumerate(lines) if line.startswith("input_layernorm scales 64 channels"))
+    assert ": proved to" in lines[place]
+    assert lines[place + 1 : place + 4] == [
+        "self_attn.q_proj  64 x 64",
+        "self_attn.k_proj  32 x 64",
+        "self_attn.v_proj  32 x 64",
+    ]
+    assert lines[-2:] == ["outside the blocks, stays float", "lm_head"]
     figures = awq("inspect", original, "--group-size", 128, "--json", "-").json
     (kind,) = figures["kinds"]
     assert kind["blocks"] == [0, 1]

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from awq.model.blocks import kind_of
+from awq.model.blocks import BlockCall, kind_of
 from awq.model.groups import Fold, propose
 from awq.model.invariance import TOLERANCE, apply, prove
+from awq.pipeline.observe import Batch
 
 
 def folds_of(block: nn.Module, width: int = 64) -> tuple[dict[str, Fold], list[float]]:
@@ -144,6 +145,83 @@ def test_a_hidden_consumer_makes_the_proof_fail() -> None:
     assert max(changes) > 100 * TOLERANCE
     # ReLU passes positive factors: that fold is exact, and stays.
     assert folds["down"].producer == "up"
+
+
+class Massive(Hidden):
+    """One channel of the stream is so large that nothing seems to change beside it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        lift = torch.zeros(64)
+        lift[5] = 1e6
+        return super().forward(x) + lift
+
+
+def test_a_massive_channel_does_not_hide_a_mistake() -> None:
+    torch.manual_seed(0)
+    folds, changes = folds_of(Massive())
+    assert "up" not in folds
+    assert max(changes) > 100 * TOLERANCE
+    assert folds["down"].producer == "up"
+
+
+class Lending(nn.Module):
+    """Values that the block's own output layer reads, and that are also left for a later block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.value, self.out = Norm(64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor, shared: dict[str, Any]) -> Tensor:
+        shared["value"] = value = self.value(self.norm(x))
+        return x + self.out(value)
+
+
+def test_what_a_block_leaves_for_later_ones_must_stay_as_it_was() -> None:
+    torch.manual_seed(0)
+    block = Lending()
+    batch = Batch(torch.randn(2, 12, 64), BlockCall((), {"shared": {}}), None)
+    single = Batch(torch.randn(16, 1, 64), BlockCall((), {"shared": {}}), None)
+    cpu = torch.device("cpu")
+    with torch.no_grad():
+        structure = propose(block, lambda: batch.run(block, cpu), lambda: single.run(block, cpu))
+        proofs = {p.fold.producer: p for p in prove(block, structure.folds, lambda: batch.whole(block, cpu))}
+    assert proofs["norm"].holds
+    assert proofs["value"].change > 100 * TOLERANCE
+
+
+class Own(nn.Module):
+    """A norm that calls its vectors as it likes, and a gain that is a parameter of the block itself."""
+
+    class Level(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain, self.shift = nn.Parameter(torch.rand(64) + 0.5), nn.Parameter(torch.randn(64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x / x.abs().mean(-1, keepdim=True) * self.gain + self.shift
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.level, self.loose = self.Level(), nn.Parameter(torch.rand(64) + 0.5)
+        self.up, self.out = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.tanh(self.up(self.level(x)))
+        return x + self.out(torch.sin(x) * self.loose)
+
+
+def test_vectors_of_any_name_take_a_scale() -> None:
+    torch.manual_seed(0)
+    block = Own()
+    folds, _ = folds_of(block)
+    assert (folds["up"].producer, folds["up"].weight, folds["up"].bias) == ("level", "gain", "shift")
+    assert (folds["out"].producer, folds["out"].source) == ("", "loose")
+    x = torch.randn(2, 12, 64)
+    with torch.no_grad():
+        reference = block(x)
+        for fold in folds.values():
+            apply(block, fold, torch.rand(len(fold.rows)) * 3 + 0.2)
+        assert float((block(x) - reference).abs().max() / reference.abs().max()) < TOLERANCE
 
 
 class Smooth(Hidden):

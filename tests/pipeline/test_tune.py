@@ -53,7 +53,7 @@ def batches(block: nn.Module, masked: bool = False) -> tuple[list[Batch], list[T
     made = [
         Batch(
             torch.randn(4, 16, 32, generator=generator),
-            BlockCall((), {"scale": 2.0}),
+            call,
             mask if masked else None,
         )
         for _ in range(6)

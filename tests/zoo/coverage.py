@@ -142,8 +142,8 @@ def _folded(source: Path, samples: list[Tensor]) -> _Folded:
         skeleton.load(block, f"{name}.{index}", _CPU)
         probe, single = feed.probes_at(index)
         out.proposed += len(kind.structure.folds)
-        proofs = prove(block, kind.structure.folds, lambda b=block, p=probe: p.run(b, _CPU))
-        behind = [batch.run(block, _CPU) for batch in (*feed.at(index), probe, single)]
+        proofs = prove(block, kind.structure.folds, lambda b=block, p=probe: p.whole(b, _CPU))
+        behind = [batch.run(block, _CPU, keep=True) for batch in (*feed.at(index), probe, single)]
         for proof in proofs:
             if proof.holds:
                 out.proved += 1

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.tree import Tree
 
 from awq.cli.common import console, quiet_libraries, write_json
-from awq.cli.quantize import by_reason, size
+from awq.cli.quantize import size
+from awq.cli.structure import structure_tree
 
 
 def command(
@@ -36,7 +36,7 @@ def command(
         from awq.pipeline import structure_of
 
         value = structure_of(folder, QuantConfig(group_size=group_size), trust_remote_code)
-        print_structure(out, model, value)
+        out.print(structure_tree(model, value), soft_wrap=False)
     write_json(value, json)
 
 
@@ -84,22 +84,3 @@ def print_checkpoint(out: Console, model: str, value: dict[str, Any]) -> None:
     if value["engines"]:
         table.add_row("tensor parallel", ", ".join(map(str, [1, *value["tensor_parallel"]])))
     out.print(table)
-
-
-def print_structure(out: Console, model: str, value: dict[str, Any]) -> None:
-    """The discovered structure as a tree."""
-    tree = Tree(f"{model}: {value['architecture']}, {value['blocks']} blocks in {value['list']}")
-    for kind in value["kinds"]:
-        blocks = kind["blocks"]
-        branch = tree.add(f"{kind['name']} x {len(blocks)} (first: {blocks[0]})")
-        for fold in kind["folds"]:
-            verdict = "proved" if fold["proved"] else "dropped"
-            branch.add(
-                f"{fold['producer']} → {', '.join(fold['consumers'])}: {fold['channels']} channels, "
-                f"{verdict} (output changed by {fold['change']:.0e})"
-            )
-        if kind["unscaled"]:
-            branch.add(f"quantized without scaling: {', '.join(kind['unscaled'])}")
-        for reason, names in by_reason(kind["skipped"]).items():
-            branch.add(f"left float: {', '.join(names)}: {reason}")
-    out.print(tree)

@@ -50,13 +50,21 @@ class BlockCall:
     """How the model calls a block for one batch: everything but the hidden states.
 
     Dictionaries and lists that several blocks of a model are given are one object in all of their calls.
+    `keyword` is the name under which hidden states are given; None if they are the first argument.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     added: Added | None = None
+    keyword: str | None = None
 
-    def run(self, block: Callable[..., Any], hidden: Tensor, keep: bool = False) -> Tensor:
+    def run(
+        self,
+        block: Callable[..., Any],
+        hidden: Tensor,
+        keep: bool = False,
+        written: list[Tensor] | None = None,
+    ) -> Tensor:
         """The block's output hidden states, with all arguments placed where `hidden` is.
 
         Args:
@@ -64,18 +72,26 @@ class BlockCall:
             hidden: float32 `[batch, tokens, width]`.
             keep: later blocks shall find what this one writes into dictionaries and lists it is given.
                 Otherwise that is forgotten, so that a block may run again and again.
+            written: filled with the tensors among it.
         """
         moved: dict[int, Any] = {}
         args, kwargs = place((self.args, self.kwargs), hidden.device, moved)
         holders = list(self.holders())
         before = [entries_of(moved[id(holder)]) for holder in holders]
         hidden = hidden if self.added is None else self.added.to(hidden)
-        output = hidden_of(block(hidden, *args, **kwargs))
-        if keep:
-            for holder, old in zip(holders, before, strict=True):
-                for key, value in entries_of(moved[id(holder)]).items():
-                    if key not in old or old[key] is not value:
-                        write_entry(holder, key, place(value, torch.device("cpu")))
+        if self.keyword is None:
+            output = hidden_of(block(hidden, *args, **kwargs))
+        else:
+            output = hidden_of(block(*args, **{self.keyword: hidden}, **kwargs))
+        for holder, old in zip(holders, before, strict=True):
+            for key, value in entries_of(moved[id(holder)]).items():
+                if key in old and old[key] is value:
+                    continue
+                if keep:
+                    write_entry(holder, key, place(value, torch.device("cpu")))
+                if written is not None:
+                    parts = [value] if isinstance(value, Tensor) else value
+                    written += [part for part in parts if isinstance(part, Tensor)]
         return output
 
     def holders(self) -> Iterator[Any]:

@@ -56,8 +56,9 @@ class _Log:
     """What recorders note, and what they answer with."""
 
     answer: Callable[[int, Tensor], Tensor]
-    tuples: bool
+    more: int | None
     last: int
+    keyword: str | None = None
     received: list[Tensor] = dataclasses.field(default_factory=list)
     answers: list[Tensor] = dataclasses.field(default_factory=list)
     calls: list[tuple[int, tuple[Any, ...], dict[str, Any]]] = dataclasses.field(default_factory=list)
@@ -80,21 +81,42 @@ class _Recorder(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Note the call."""
+        log = self._log
+        if any(value is _MORE for value in (*args, *kwargs.values())):
+            raise StructureError(
+                f"block {self._index} is given what an earlier one answers beside its states"
+            )
         if args:
             hidden, args = args[0], args[1:]
         else:
-            hidden = kwargs.pop("hidden_states")
+            log.keyword = log.keyword or _keyword_of_states(kwargs)
+            hidden = kwargs.pop(log.keyword)
         kwargs = {key: None if key in _CACHES else value for key, value in kwargs.items()}
         if "use_cache" in kwargs:
             kwargs["use_cache"] = False
-        log = self._log
         log.received.append(hidden)
         log.calls.append((self._index, args, kwargs))
         if self._index == log.last:
             raise _Stop
         answer = log.answer(self._index, hidden)
         log.answers.append(answer)
-        return (answer,) if log.tuples else answer
+        return answer if log.more is None else (answer, *[_MORE] * log.more)
+
+
+# Stands for whatever a block may answer beside the hidden states.
+_MORE = object()
+
+
+def _keyword_of_states(kwargs: Mapping[str, Any]) -> str:
+    """The name under which a block is given hidden states: the usual one, or that of the first like them."""
+    like = [
+        name
+        for name, value in kwargs.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 3
+    ]
+    if "hidden_states" not in kwargs and not like:
+        raise StructureError(f"a block is given no hidden states, but {', '.join(kwargs) or 'nothing'}")
+    return "hidden_states" if "hidden_states" in kwargs else like[0]
 
 
 @torch.no_grad()
@@ -119,8 +141,8 @@ def dry_pass(
     reasons = []
     for ahead in _ahead(skeleton.model, list_name):
         with _loaded(skeleton, list_name, device, ahead):
-            for tuples in (False, True):
-                recording = _Recording(skeleton.model, list_name, device, tuples)
+            for more in (None, 0, 1, 2):
+                recording = _Recording(skeleton.model, list_name, device, more)
                 try:
                     passes = [recording.run(batch) for batch in batches]
                 except StructureError as error:
@@ -136,8 +158,8 @@ def dry_pass(
     if len(told) == 1:
         raise StructureError(f"{name} cannot be run on the calibration data: {told[0]}")
     raise StructureError(
-        f"{name} does not hand hidden states from block to block as tensors ({reasons[-2]}) nor as tuples "
-        f"({reasons[-1]})"
+        f"{name} does not hand hidden states from block to block as tensors ({reasons[0]}) nor as tuples "
+        f"({'; '.join(dict.fromkeys(reasons[-3:]))})"
     )
 
 
@@ -165,13 +187,13 @@ class _Recording:
         model: with the weights around its blocks.
         list_name: the name of the list of blocks.
         device: where the model runs.
-        tuples: whether blocks answer with tuples.
+        more: blocks answer with a tuple that holds so many things beside the states; None for no tuple.
     """
 
     model: nn.Module
     list_name: str
     device: torch.device
-    tuples: bool
+    more: int | None
 
     def run(self, batch: Mapping[str, Any]) -> DryPass:
         """Note one batch."""
@@ -179,7 +201,7 @@ class _Recording:
         hidden, calls = place((log.received[0], [call[1:] for call in log.calls]), _CPU)
         added = [None, *(Added.of(self._difference(log, index)) for index in range(1, len(log.calls)))]
         made = tuple(
-            BlockCall(args, kwargs, more and Added(more.rows.cpu(), more.values.cpu()))
+            BlockCall(args, kwargs, more and Added(more.rows.cpu(), more.values.cpu()), log.keyword)
             for (args, kwargs), more in zip(calls, added, strict=True)
         )
         self._refuse_objects(made)
@@ -220,7 +242,7 @@ class _Recording:
         path, _, attribute = self.list_name.rpartition(".")
         parent, blocks = self.model.get_submodule(path), self.model.get_submodule(self.list_name)
         members = list(blocks.children())
-        log = _Log(answer, self.tuples, len(members) - 1)
+        log = _Log(answer, self.more, len(members) - 1)
         recorders = [_Recorder(block, index, log) for index, block in enumerate(members)]
         setattr(parent, attribute, nn.ModuleList(recorders))
         try:

@@ -48,6 +48,8 @@ class Fold:
         rows: int64 `[free]`, the producer's rows that may be scaled.
         tie: int64 `[in]`, for each input channel of the consumers the index into `rows`, or -1.
         consumers: names of the linear layers whose input channels are compensated.
+        weight, bias: the producer's parameters that are scaled, by their names there; a bias that does not
+            exist is passed over.
     """
 
     producer: str
@@ -55,6 +57,14 @@ class Fold:
     rows: Tensor
     tie: Tensor
     consumers: tuple[str, ...]
+    weight: str = "weight"
+    bias: str = "bias"
+
+    @property
+    def source(self) -> str:
+        """The producer, for a person: with the parameter's name where that is an unusual one."""
+        name = "" if self.weight == "weight" else self.weight
+        return f"{self.producer}.{name}".strip(".")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +125,7 @@ def watch_inputs(block: nn.Module, seen: Callable[[str, Tensor], None]) -> Itera
         yield
 
 
-def propose(block: nn.Module, run: Callable[[], Tensor], probe_run: Callable[[], Tensor]) -> Structure:
+def propose(block: nn.Module, run: Callable[[], object], probe_run: Callable[[], object]) -> Structure:
     """Discover the structure of a block whose weights are loaded.
 
     Args:
@@ -131,11 +141,11 @@ def propose(block: nn.Module, run: Callable[[], Tensor], probe_run: Callable[[],
     with rerouted(block, "first"):
         before = _inputs_of(block, probe_run)
         examples = _examples(before, within)
-        for producer, module in _in_running_order(_producers(block), probe_run):
+        for producer, module, names in _in_running_order(_producers(block), probe_run):
             if producer in within and within[producer].number != examples.get(within[producer].owner):
                 continue  # experts of a layer are alike: what is found in one is proposed for all
             changed: set[str] = set()
-            for fold in _read_rows(block, producer, module, inputs, before, probe_run, changed):
+            for fold in _read_rows(block, producer, module, names, inputs, before, probe_run, changed):
                 first = fold.consumers[0]
                 if first not in best or len(fold.rows) > len(best[first].rows):
                     best[first] = fold
@@ -186,7 +196,7 @@ def _inputs_of(block: nn.Module, run: Callable[[], object]) -> dict[str, Tensor]
     return seen
 
 
-def _everywhere(block: nn.Module, run: Callable[[], Tensor]) -> None:
+def _everywhere(block: nn.Module, run: Callable[[], object]) -> None:
     """Run with every expert in every place; a layer keeps the first input it gets."""
     for steps in range(rotations(block)):
         with rotated(block, steps):
@@ -234,57 +244,71 @@ def _same_rows(rows: Tensor, others: Tensor) -> bool:
     return bool((residual <= _CONSTANT**2 * others.square().sum(1)).all())
 
 
-def _producers(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Norm-like modules (a weight vector of their own) and linear layers."""
-    for name, module in block.named_modules():
+Producer = tuple[str, nn.Module, tuple[str, str]]
+
+
+def _producers(block: nn.Module) -> Iterator[Producer]:
+    """What may be scaled: name, module, and its parameters in the roles of weight and bias.
+
+    These are linear layers, norms (a weight vector, perhaps a bias), and vectors of any other name: each
+    alone, and the first two of a module that has just those, for a norm may call them anything.
+    """
+    for path, module in block.named_modules():
+        vectors = [name for name, p in module._parameters.items() if p is not None and p.dim() == 1]
         weight = module._parameters.get("weight")
         if weight is not None and (weight.dim() == 1 or isinstance(module, nn.Linear)):
-            yield name, module
+            yield path, module, ("weight", "bias")
+        elif weight is None:
+            yield from ((path, module, (name, "")) for name in vectors)
+            if len(vectors) == 2:
+                yield path, module, (vectors[0], vectors[1])
 
 
-def _in_running_order(
-    producers: Iterator[tuple[str, nn.Module]], run: Callable[[], Tensor]
-) -> list[tuple[str, nn.Module]]:
+def _in_running_order(producers: Iterator[Producer], run: Callable[[], object]) -> list[Producer]:
     """Those that run, in the order in which they first do."""
-    ran: dict[str, nn.Module] = {}
+    ran: list[str] = []
+    found = list(producers)
     with ExitStack() as stack:
-        for name, module in producers:
+        for path, module in {path: module for path, module, _ in found}.items():
 
-            def note(module: nn.Module, _: Any, name: str = name) -> None:
-                ran.setdefault(name, module)
+            def note(_: nn.Module, __: Any, path: str = path) -> None:
+                ran.append(path)
 
             stack.callback(module.register_forward_pre_hook(note).remove)
         run()
-    return list(ran.items())
+    place = {path: len(ran) - number for number, path in enumerate(reversed(ran))}
+    return sorted((item for item in found if item[0] in place), key=lambda item: place[item[0]])
 
 
 def _read_rows(
     block: nn.Module,
     producer: str,
     module: nn.Module,
+    names: tuple[str, str],
     inputs: dict[str, tuple[str, ...]],
     before: dict[str, Tensor],
-    run: Callable[[], Tensor],
+    run: Callable[[], object],
     changed: set[str],
 ) -> Iterator[Fold]:
     """Folds whose producer is `module`: for each shared input, the rows read off the changed ratios.
 
     Inputs that change in whatever way are added to `changed`.
     """
-    weight = module._parameters["weight"]
+    weight = module._parameters[names[0]]
     assert weight is not None  # for the type checker: `_producers` looked
     rules: tuple[Rule, ...] = ("factor", "one_plus" if weight.dim() == 1 else "square")
     count = weight.shape[0]
     watched = [first for first in inputs if first in before and producer not in inputs[first]]
     for rule in rules:
         for subset in _subsets(weight, [before[first].shape[1] for first in watched]):
-            ties = _decode(block, module, rule, subset.to(weight.device), watched, before, run, changed)
+            rows = subset.to(weight.device)
+            ties = _decode(block, module, names, rule, rows, watched, before, run, changed)
             for first, tie in ties.items():
                 used = torch.unique(tie[tie >= 0])
                 back = torch.full((count,), -1, dtype=torch.long, device=tie.device)
                 back[used] = torch.arange(len(used), device=tie.device)
                 compact = torch.where(tie >= 0, back[tie.clamp_min(0)], tie)
-                yield Fold(producer, rule, used, compact, inputs[first])
+                yield Fold(producer, rule, used, compact, inputs[first], *names)
             if ties:
                 return
 
@@ -307,11 +331,12 @@ def _subsets(weight: Tensor, widths: list[int]) -> Iterator[Tensor]:
 def _decode(
     block: nn.Module,
     module: nn.Module,
+    names: tuple[str, str],
     rule: Rule,
     rows: Tensor,
     watched: list[str],
     before: dict[str, Tensor],
-    run: Callable[[], Tensor],
+    run: Callable[[], object],
     changed: set[str],
 ) -> dict[str, Tensor]:
     """For each watched input whose every live channel is a factor of one row: that row, int64 `[in]`."""
@@ -323,9 +348,9 @@ def _decode(
     live = {first: before[first].abs().amax(0).cpu() > 0 for first in watched}
     for position in range(digits):
         digit = (rows // _LEVELS**position) % _LEVELS
-        factors = torch.ones(rows_of(module), device=rows.device)
+        factors = torch.ones(rows_of(module, names[0]), device=rows.device)
         factors[rows] = _factor(digit)
-        with scaled(module, rule, factors):
+        with scaled(module, rule, factors, *names):
             after = _inputs_of(block, run)
         for first in list(found):
             # An expert may get no token once its router's input has changed.
@@ -374,28 +399,30 @@ def _levels_of(before: Tensor, after: Tensor) -> Tensor:
 
 
 @contextmanager
-def scaled(module: nn.Module, rule: Rule, factors: Tensor) -> Iterator[None]:
+def scaled(
+    module: nn.Module, rule: Rule, factors: Tensor, weight: str = "weight", bias: str = "bias"
+) -> Iterator[None]:
     """Multiply what `module` produces, row by row, by `factors` for the time of a `with` block."""
-    kept = {name: p for name, p in module._parameters.items() if name in ("weight", "bias") and p is not None}
+    kept = {n: p for n in (weight, bias) if (p := module._parameters.get(n)) is not None}
     try:
         for name, parameter in kept.items():
-            value = scale_rows(parameter.data, name, rule, factors)
+            value = scale_rows(parameter.data, name == weight, rule, factors)
             module._parameters[name] = nn.Parameter(value, requires_grad=False)
         yield
     finally:
         module._parameters.update(kept)
 
 
-def rows_of(module: nn.Module) -> int:
+def rows_of(module: nn.Module, name: str = "weight") -> int:
     """Rows of a producer: entries of a norm's weight, output features of a linear layer."""
-    weight = module._parameters["weight"]
+    weight = module._parameters[name]
     assert weight is not None  # producers are found by their weight
     return weight.shape[0]
 
 
-def scale_rows(value: Tensor, name: str, rule: Rule, factors: Tensor) -> Tensor:
-    """A producer's weight or bias with its rows multiplied by `factors` `[rows]`."""
-    if rule == "one_plus" and name == "weight":
+def scale_rows(value: Tensor, is_weight: bool, rule: Rule, factors: Tensor) -> Tensor:
+    """A producer's weight, or its bias, with its rows multiplied by `factors` `[rows]`."""
+    if rule == "one_plus" and is_weight:
         return (value + 1) * factors - 1
     if rule == "square":
         factors = factors.sqrt()

@@ -135,6 +135,7 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> Skeleton:
             f"{folder} is quantized already ({method}); start from the original weights"
         )
     reader = CheckpointReader(folder)
+    _refuse_unread_code(folder, raw, trust_remote_code)
     config, model = _build(folder, trust_remote_code)
     keys, merges = match_names(model, reader.tensors)
     converted = unfuse(model, keys, merges, reader)
@@ -148,6 +149,18 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> Skeleton:
     transposed = frozenset(keys[name] for name in straighten(model) if name in keys)
     _check_shapes(model, reader, keys, transposed, folder)
     return Skeleton(folder, config, raw, model, reader, keys, transposed)
+
+
+def _refuse_unread_code(folder: Path, raw: dict[str, Any], trust_remote_code: bool) -> None:
+    from transformers import CONFIG_MAPPING
+
+    if trust_remote_code or not raw.get("auto_map") or raw.get("model_type") in CONFIG_MAPPING:
+        return
+    files = ", ".join(sorted(path.name for path in folder.glob("*.py"))) or "from the hub"
+    raise StructureError(
+        f"{folder} is a model that transformers knows only by the Python code that comes with it ({files}). "
+        "Read that code, and allow it to run with trust_remote_code=True (--trust-remote-code)"
+    )
 
 
 def _build(folder: Path, trust_remote_code: bool) -> tuple[Any, nn.Module]:

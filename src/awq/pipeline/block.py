@@ -122,7 +122,7 @@ def quantize_block(
         reload()
         stats = dict(stats)
         for fold in folds:
-            scales[fold.producer] = _fold(
+            scales[fold.source] = _fold(
                 block, fold, layers, stats, first_of, config, scale_dtype, stored_dtypes
             )
         folded = {name: parameter.data for name, parameter in block.named_parameters()}
@@ -218,14 +218,14 @@ def storable(producer: nn.Module, fold: Fold, scale: Tensor, stored_dtypes: dict
     A bfloat16 norm weight is known to one part in 256 only; unless the consumers are multiplied by what was
     really divided, that rounding would remain as an error in every channel.
     """
-    weight = producer._parameters["weight"]
+    weight = producer._parameters[fold.weight]
     assert weight is not None  # producers are found by their weight
-    dtype = stored_dtypes.get(f"{fold.producer}.weight", torch.float32)
+    dtype = stored_dtypes.get(f"{fold.producer}.{fold.weight}".lstrip("."), torch.float32)
     if weight.dim() != 1 or dtype == torch.float32:
         return scale
     offset = 1.0 if fold.rule == "one_plus" else 0.0
     old = weight.data[fold.rows]
-    new = scale_rows(old, "weight", fold.rule, 1 / scale).to(dtype).float()
+    new = scale_rows(old, True, fold.rule, 1 / scale).to(dtype).float()
     exact = (old + offset) / (new + offset)
     sane = torch.isfinite(exact) & ((exact / scale - 1).abs() < 0.02)
     return torch.where(sane, exact, scale)

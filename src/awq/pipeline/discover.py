@@ -16,6 +16,7 @@ from awq.model import Skeleton, find_blocks, open_model
 from awq.model.groups import linears_of
 from awq.pipeline.feed import Feed
 from awq.pipeline.preflight import KindPlan, discover_kind, kinds_of
+from awq.pipeline.skipped import OUTSIDE, left_float
 
 
 def discover(
@@ -49,7 +50,7 @@ def discover(
         with matmul_precision("highest"):
             kind = discover_kind(
                 block,
-                partial(long.run, block, device),
+                partial(long.whole, block, device),
                 partial(single.run, block, device),
                 config,
                 named[first],
@@ -112,7 +113,8 @@ def structure_of(folder: Path, config: QuantConfig, trust_remote_code: bool = Fa
     """What quantizing a float model with `config` would do, as JSON values; nothing is written.
 
     Returns:
-        `architecture`, `list` (name of the list of blocks), `blocks`, and `kinds` (see `KindPlan.describe`).
+        `architecture`, `list` (name of the list of blocks), `blocks`, `kinds` (see `KindPlan.describe`), and
+        `outside` (linear layers outside the blocks).
     """
     skeleton = open_model(folder, trust_remote_code)
     list_name, blocks = find_blocks(skeleton.model)
@@ -122,6 +124,7 @@ def structure_of(folder: Path, config: QuantConfig, trust_remote_code: bool = Fa
     ids = ids[~torch.isin(ids, skeleton.placeholders)]
     feed = Feed(skeleton, list_name, [ids], len(ids), device)
     kinds, kind_of_block = discover(skeleton, list_name, blocks, feed, config, device)
+    floats = left_float(skeleton, list_name, kind_of_block)
     return {
         "architecture": type(skeleton.model).__name__,
         "list": list_name,
@@ -129,6 +132,7 @@ def structure_of(folder: Path, config: QuantConfig, trust_remote_code: bool = Fa
         "kinds": [
             kind.describe([i for i in range(len(blocks)) if kind_of_block[i] is kind]) for kind in kinds
         ],
+        "outside": [name for name, reason in floats.items() if reason == OUTSIDE],
     }
 
 

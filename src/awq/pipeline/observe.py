@@ -43,6 +43,11 @@ class Batch:
         """The block's output on `device`; `keep` what it writes for later blocks, or forget it."""
         return self.call.run(block, self.hidden.to(device), keep)
 
+    def whole(self, block: nn.Module, device: torch.device) -> list[Tensor]:
+        """The block's output, and the tensors that it writes for later blocks."""
+        written: list[Tensor] = []
+        return [self.call.run(block, self.hidden.to(device), written=written), *written]
+
 
 @dataclasses.dataclass(frozen=True)
 class Coverage:

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from awq.config import PLAIN_FORMATS, QuantConfig
-from awq.errors import ConfigError, DiskFullError
+from awq.errors import ConfigError, DiskFullError, StructureError
 from awq.formats import get_format
 from awq.model import Skeleton, kind_of
 from awq.model.experts import expert_names
 from awq.model.groups import Fold, Structure, linears_of, propose, readers_of, width_of
-from awq.model.invariance import Proof, prove
+from awq.model.invariance import Output, Proof, prove
 from awq.model.weights import FLOAT_DTYPES, TensorInfo
 from awq.pipeline.memory import channels_at_once
 from awq.pipeline.writer import ShardPlan, TensorPlan, plan_shards, tensor_plan
@@ -36,7 +36,7 @@ class KindPlan:
     """One kind of block: its structure, the folds that held, and what is quantized in it.
 
     `layers` are names inside the block; `skipped` gives the reason for each linear layer left float, and
-    `others` tells of each further matrix what holds it.
+    `others` tells of each further matrix what holds it. `shapes` are `(out, in)` of the linear layers.
     """
 
     name: str
@@ -45,6 +45,7 @@ class KindPlan:
     layers: tuple[str, ...]
     skipped: dict[str, str]
     others: dict[str, str] = dataclasses.field(default_factory=dict)
+    shapes: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     @property
     def folds(self) -> list[Fold]:
@@ -57,11 +58,12 @@ class KindPlan:
             "name": self.name,
             "blocks": blocks,
             "layers": list(self.layers),
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "skipped": self.skipped,
             "others": self.others,
             "folds": [
                 {
-                    "producer": proof.fold.producer,
+                    "producer": proof.fold.source,
                     "rule": proof.fold.rule,
                     "consumers": list(proof.fold.consumers),
                     "channels": len(proof.fold.rows),
@@ -87,7 +89,7 @@ class KindPlan:
                     else "no weight of the block comes before it"
                 )
             elif not proofs[name].holds:
-                producer, change = proofs[name].fold.producer, proofs[name].change
+                producer, change = proofs[name].fold.source, proofs[name].change
                 reasons[name] = (
                     f"folding into {producer} would change the output by {change:.0e}"
                     if math.isfinite(change)
@@ -98,8 +100,8 @@ class KindPlan:
 
 def discover_kind(
     block: nn.Module,
-    run: Callable[[], Tensor],
-    probe_run: Callable[[], Tensor],
+    run: Callable[[], Output],
+    probe_run: Callable[[], object],
     config: QuantConfig,
     named: frozenset[str],
     shared: frozenset[str] = frozenset(),
@@ -108,7 +110,7 @@ def discover_kind(
 
     Args:
         block: a block of the kind, its float32 weights in place.
-        run, probe_run: see `awq.model.groups.propose`.
+        run, probe_run: see `awq.model.invariance.prove` and `awq.model.groups.propose`.
         config: what to quantize to.
         named: layers of the block that `modules_to_not_convert` names.
         shared: modules of the block whose weights are other blocks' too: changed for one, they would be wrong
@@ -119,7 +121,8 @@ def discover_kind(
         proofs = _unless_unknown(block, structure, prove(block, structure.folds, run), shared)
     skipped = _skip_reasons(block, structure, config, named, shared)
     layers = tuple(name for members in structure.inputs.values() for name in members if name not in skipped)
-    return KindPlan(type(block).__name__, structure, proofs, layers, skipped, _others(block, skipped))
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears_of(block).items()}
+    return KindPlan(type(block).__name__, structure, proofs, layers, skipped, _others(block, skipped), shapes)
 
 
 def _others(block: nn.Module, skipped: Collection[str]) -> dict[str, str]:
@@ -246,6 +249,36 @@ def require_layers(kinds: Sequence[KindPlan], config: QuantConfig, blocks: Seque
     raise ConfigError(
         f"group_size={config.group_size} with bits={config.bits} serves no layer of this model{cure} "
         f"({'; '.join(reasons) or 'its blocks have no linear layers'})"
+    )
+
+
+def require_scales(kinds: Sequence[KindPlan], config: QuantConfig) -> list[str]:
+    """Refuse to search for scales in a model that has no place for any.
+
+    Args:
+        kinds: the kind of each block.
+        config: what to quantize to.
+
+    Returns:
+        A note on each kind of block in which nothing can be scaled, while something can in others.
+
+    Raises:
+        StructureError: nothing can be scaled at all; plain rounding is the user's to choose.
+    """
+    idle = {id(kind): kind for kind in kinds if kind.layers and not kind.folds}
+    if config.method != "awq" or not idle:
+        return []
+    told = []
+    for kind in idle.values():
+        count = sum(k is kind for k in kinds)
+        first, *more = [f"{name}: {reason}" for name, reason in kind.unscaled().items()]
+        others = f", and {len(more)} more layers" if more else ""
+        told.append(f"nothing to scale in {count} x {kind.name} ({first}{others})")
+    if any(kind.folds for kind in kinds):
+        return told
+    raise StructureError(
+        f"AWQ scales nothing in this model: {'; '.join(told)}. Plain rounding works without scales: choose "
+        "method='rtn' (--method rtn). `awq inspect` shows what was found"
     )
 
 

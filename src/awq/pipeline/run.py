@@ -35,6 +35,7 @@ from awq.pipeline.preflight import (
     plan_files,
     predict_peak,
     require_layers,
+    require_scales,
     scale_dtype,
 )
 from awq.pipeline.report import BlockReport, Plan, Progress, Report, Silent
@@ -183,6 +184,7 @@ class _Run:
         feed = Feed(skeleton, list_name, calibration.samples, tokens, self.device)
         kinds, kind_of_block = discover(skeleton, list_name, blocks, feed, self.config, self.device)
         require_layers(kind_of_block, self.config, blocks)
+        idle = require_scales(kind_of_block, self.config)
         quantized = {
             skeleton.keys[f"{list_name}.{i}.{name}.weight"]: linears_of(block)[name]
             for i, block in enumerate(blocks)
@@ -220,6 +222,8 @@ class _Run:
                 resumed_at=len(journal.blocks),
             )
             self.progress.planned(plan)
+            for note in idle:
+                self.progress.note(note)
             if files.unused:
                 first, count = files.unused[0], len(files.unused)
                 self.progress.note(f"{count} tensors the model does not use are carried over ({first} …)")
@@ -283,11 +287,11 @@ class _Run:
             seen = self._measured(block, kind, feed, index)
             long, single = feed.probes_at(index)
             with matmul_precision("highest"):
-                proofs = prove(block, kind.folds, lambda: long.run(block, self.device))
+                proofs = prove(block, kind.folds, lambda: long.whole(block, self.device))
             behind = [p.run(block, self.device, keep=True).to(p.hidden.device) for p in (long, single)]
         for proof in proofs:
             if not proof.holds:
-                self.progress.note(f"{name}: folding into {proof.fold.producer} dropped ({proof.change:.1e})")
+                self.progress.note(f"{name}: folding into {proof.fold.source} dropped ({proof.change:.1e})")
         for owner, item in seen.coverage.items():
             if item.starved:
                 self.progress.note(
@@ -328,7 +332,7 @@ class _Run:
             outcome = report_of(result)
             if seen.coverage:
                 outcome["experts"] = coverage_of(seen.coverage)
-            outcome["dropped_folds"] = {p.fold.producer: p.change for p in proofs if not p.holds}
+            outcome["dropped_folds"] = {p.fold.source: p.change for p in proofs if not p.holds}
             report = BlockReport(name, spent, outcome)
             journal.batch_tokens = feed.batch_tokens  # the hidden states are cut that way
             journal.finish_block(dataclasses.asdict(report), feed.states(), feed.state())

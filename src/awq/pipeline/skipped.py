@@ -10,6 +10,8 @@ from torch import nn
 from awq.model import Skeleton
 from awq.pipeline.preflight import KindPlan
 
+OUTSIDE = "outside the decoder blocks"
+
 
 def left_float(skeleton: Skeleton, list_name: str, kind_of_block: Sequence[KindPlan]) -> dict[str, str]:
     """Every linear layer left float, under its checkpoint name, with the reason."""
@@ -24,7 +26,7 @@ def left_float(skeleton: Skeleton, list_name: str, kind_of_block: Sequence[KindP
         outside = isinstance(module, nn.Linear) and not name.startswith(f"{list_name}.")
         # A tied head has no weight of its own in the checkpoint.
         if outside and weight in skeleton.keys and weight not in tied:
-            out[skeleton.keys[weight].removesuffix(".weight")] = "outside the decoder blocks"
+            out[skeleton.keys[weight].removesuffix(".weight")] = OUTSIDE
     return out
 
 
