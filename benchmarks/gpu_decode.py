@@ -37,6 +37,21 @@ def decode(layers: int) -> dict[str, Any]:
     return {"tokens/s": speeds, "notes": notes}
 
 
+@torch.no_grad()
+def compiled(layers: int = 4) -> dict[str, Any]:
+    """The same with a model of few blocks that transformers compiles by itself, its cache being static."""
+    model = _llama(layers)
+    _quantize(model)
+    ids = torch.randint(0, 32000, (1, PROMPT), device="cuda")
+    captured = _Captured(model, ids)
+    speeds = {
+        "generate()": _generate(model, ids),
+        "static cache in a CUDA graph": captured.speed(),
+        "generate(), static cache, compiled": _generate(model, ids, cache_implementation="static"),
+    }
+    return {"tokens/s": speeds, "blocks": layers}
+
+
 def _llama(layers: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -79,8 +94,8 @@ def _bytes(model: Any) -> int:
     return total
 
 
-def _generate(model: Any, ids: Tensor) -> float:
-    for _ in range(2):
+def _generate(model: Any, ids: Tensor, **options: Any) -> float:
+    for _ in range(3 if options else 2):
         torch.cuda.synchronize()
         started = time.perf_counter()
         model.generate(
@@ -90,6 +105,7 @@ def _generate(model: Any, ids: Tensor) -> float:
             max_new_tokens=NEW,
             do_sample=False,
             pad_token_id=0,
+            **options,
         )
         torch.cuda.synchronize()
         seconds = time.perf_counter() - started

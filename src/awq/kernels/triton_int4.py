@@ -180,7 +180,7 @@ def _multiply(inputs: Tensor, state: State, launch: Launch, ptx: bool) -> Tensor
         return out
     down = -(-rows // launch.block_m)
     cells = launch.split * down * across * launch.block_m * launch.block_n if launch.split > 1 else 0
-    steps = -(-(row_words // launch.columns) // launch.split)
+    share_chunks = -(-(row_words // plane) // launch.split)
     triton_programs.many_rows[(down, across, launch.split)](
         inputs,
         state.words,
@@ -192,8 +192,7 @@ def _multiply(inputs: Tensor, state: State, launch: Launch, ptx: bool) -> Tensor
         out_features,
         state.in_features,
         row_words,
-        steps,
-        COLUMNS=launch.columns,
+        share_chunks,
         SPLIT=launch.split,
         **constants,
     )
