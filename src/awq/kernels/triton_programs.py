@@ -165,7 +165,8 @@ def many_rows(
     """out `[rows, out_features]` = x `[rows, in_features]` times the weight.
 
     A program computes BLOCK_N output channels of BLOCK_M rows over `share_chunks` chunks. SPLIT programs
-    share the input channels: their sums go to `partial`, and `counters`, zero before and after, tell who is last.
+    share the input channels: their sums go to `partial`, and `counters`, zero before and after, tell who is
+    last.
     """
     CHUNK: tl.constexpr = 4 * PLANE
     tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
