@@ -74,7 +74,7 @@ def whole_processor() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("whole_processor")
-@pytest.mark.parametrize("rows", [9, 40, 65, 150])
+@pytest.mark.parametrize("rows", [9, 20, 40, 65])
 def test_sums_shared_by_several_programs_are_complete_and_the_counters_are_left_at_zero(rows: int) -> None:
     weight = random_weight(72, 2048, 128)
     launch = launch_for(rows, 72, 2048, 64, triton_int4._device(torch.device("cpu")))
@@ -92,7 +92,7 @@ def test_a_share_may_have_less_to_do_than_the_others_or_nothing() -> None:
     weight, inputs = random_weight(64, 5 * 256, 128), inputs_for(20, 5 * 256, torch.float16)
     state = KERNEL.prepare(weight, torch.float16)
     for split in (2, 4, 8):
-        launch = Launch(32, 64, 4, 3, columns=64, split=split)
+        launch = Launch(32, 64, 4, 3, split=split)
         got = triton_int4._multiply(inputs, state, launch, ptx=False)
         assert relative(got, exact(weight, inputs)) < 6e-4
 

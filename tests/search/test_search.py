@@ -20,7 +20,7 @@ from awq.search import (
     search_scale,
 )
 from awq.search.gram import InputStats
-from awq.search.rounding import inverse_factor
+from awq.search.rounding import inverse_factor, round_panel
 from awq.search.scale import _coarse_to_fine, expand
 
 HALF = torch.float16
@@ -219,6 +219,24 @@ def test_gptq_agrees_with_the_textbook_column_by_column() -> None:
         inverse = inverse - inverse[:, i : i + 1] * inverse[i : i + 1] / inverse[i, i]
     ours = gptq(weight, stats, low, high, 4, HALF)
     assert (ours.codes != expected).float().mean() < 0.02
+
+
+def test_panels_can_be_rounded_by_other_means() -> None:
+    """What is handed in gets contiguous channels of one panel each, and its codes and errors are used."""
+    weight, stats = random_weight(rows=6, channels=160), stats_of(outlier_inputs(channels=160))
+    low, high = full_range(weight, 32)
+    seen: list[tuple[int, ...]] = []
+
+    def other(
+        rest: torch.Tensor, upper: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, levels: int
+    ) -> torch.Tensor:
+        assert rest.is_contiguous()
+        seen.append((*rest.shape, *upper.shape, levels))
+        return round_panel(rest, upper, scales, zeros, levels)
+
+    ours = gptq(weight, stats, low, high, 4, HALF, other)
+    assert seen == [(128, 6, 128, 128, 15), (32, 6, 32, 32, 15)]
+    assert torch.equal(ours.codes, gptq(weight, stats, low, high, 4, HALF).codes)
 
 
 @pytest.mark.parametrize("gram", [torch.zeros(8, 8), torch.ones(8, 8), torch.full((8, 8), 1e-30)])

@@ -86,7 +86,7 @@ class TritonInt4:
         """Arrange codes in planes, and scales with their zero points."""
         scales = weight.scales.float().t().contiguous().view(torch.int32)
         exact = weight.scales.dtype == torch.float32
-        return State(
+        state = State(
             _pack(weight.codes, _plane(weight.group_size)),
             (scales & -16) | weight.zeros.t().to(torch.int32),
             (scales & 15 if exact else scales[:0]).to(torch.uint8),
@@ -95,6 +95,11 @@ class TritonInt4:
             weight.in_features,
             _DTYPES.index(weight.scales.dtype),
         )
+        if scales.device.type == "cuda":
+            # A compiled model in CUDA graphs would copy these before every replay if it took them for inputs.
+            for part in state[:4]:
+                torch._dynamo.mark_static_address(part)
+        return state
 
     def forward(self, inputs: Tensor, state: State) -> Tensor:
         """inputs `[rows, in_features]` times the weight."""
@@ -180,7 +185,7 @@ def _multiply(inputs: Tensor, state: State, launch: Launch, ptx: bool) -> Tensor
         return out
     down = -(-rows // launch.block_m)
     cells = launch.split * down * across * launch.block_m * launch.block_n if launch.split > 1 else 0
-    steps = -(-(row_words // launch.columns) // launch.split)
+    share_chunks = -(-(row_words // plane) // launch.split)
     triton_programs.many_rows[(down, across, launch.split)](
         inputs,
         state.words,
@@ -192,8 +197,7 @@ def _multiply(inputs: Tensor, state: State, launch: Launch, ptx: bool) -> Tensor
         out_features,
         state.in_features,
         row_words,
-        steps,
-        COLUMNS=launch.columns,
+        share_chunks,
         SPLIT=launch.split,
         **constants,
     )

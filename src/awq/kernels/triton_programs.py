@@ -139,7 +139,7 @@ def few_rows(
     tl.store(out_ptr + m[None, :] * out_features + n[:, None], out, mask=inside_out)
 
 
-@triton.jit(do_not_specialize=["rows", "steps"])
+@triton.jit(do_not_specialize=["rows", "share_chunks"])
 def many_rows(
     x_ptr,
     words_ptr,
@@ -151,41 +151,37 @@ def many_rows(
     out_features,
     in_features,
     row_words,
-    steps,
+    share_chunks,
     GROUP: tl.constexpr,
     PLANE: tl.constexpr,
     PER_GROUP: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr,
     BF16: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """out `[rows, out_features]` = x `[rows, in_features]` times the weight.
 
-    A program computes BLOCK_N output channels of BLOCK_M rows over `steps` steps, each of COLUMNS words (all
-    or a part of a chunk's). SPLIT programs share the input channels: their sums go to `partial`, and
-    `counters`, zero before and after, tell who comes last.
+    A program computes BLOCK_N output channels of BLOCK_M rows over `share_chunks` chunks. SPLIT programs
+    share the input channels: their sums go to `partial`, and `counters`, zero before and after, tell who is
+    last.
     """
     CHUNK: tl.constexpr = 4 * PLANE
-    PIECES: tl.constexpr = PLANE // COLUMNS
     tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     share = tl.program_id(2)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = tl.arange(0, COLUMNS)
+    column = tl.arange(0, PLANE)
     m_inside = (m < rows)[None, :]
     n_inside = n < out_features
     words_at = words_ptr + n.to(tl.int64)[:, None] * row_words + column[None, :]
     x_at = x_ptr + m[None, :] * in_features + column[:, None]
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    last = tl.minimum((share + 1) * steps, tl.cdiv(in_features, CHUNK) * PIECES)
-    for step in range(share * steps, last):
-        chunk = step // PIECES
-        piece = (step % PIECES) * COLUMNS
-        words = tl.load(words_at + chunk * PLANE + piece, mask=n_inside[:, None], other=0)
+    end = tl.minimum((share + 1) * share_chunks, tl.cdiv(in_features, CHUNK))
+    for chunk in range(share * share_chunks, end):
+        words = tl.load(words_at + chunk * PLANE, mask=n_inside[:, None], other=0)
         for part in tl.static_range(4 // PER_GROUP):
             channel = chunk * CHUNK + part * PER_GROUP * PLANE
             in_part = n_inside if WHOLE else n_inside & (tl.full((BLOCK_N,), channel, tl.int32) < in_features)
@@ -194,7 +190,7 @@ def many_rows(
             sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for plane in tl.static_range(part * PER_GROUP, (part + 1) * PER_GROUP):
                 codes = _centred(words, zeros[:, None], plane, BF16, PTX)
-                offset = chunk * CHUNK + plane * PLANE + piece
+                offset = chunk * CHUNK + plane * PLANE
                 in_plane = m_inside if WHOLE else m_inside & (offset + column < in_features)[:, None]
                 x = tl.load(x_at + offset, mask=in_plane, other=0)
                 sums = tl.dot(codes, x, sums)

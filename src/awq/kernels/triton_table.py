@@ -1,8 +1,8 @@
 """How each product is launched: a table by rows and shape, measured once, never searched at the user's.
 
-Measured on an H100 (132 processors) on 14336 x 4096, 4096 x 14336, 6144 x 4096 and 4096 x 4096 in groups of
-128 (`benchmarks/gpu_kernels.py`). What moves to other devices is the rule, not the numbers: enough programs
-to fill the processors, no more shares of a sum than that takes, and pipelines that fit the shared memory.
+Measured on an H100 (132 processors) on the layers of Llamas of 8 and 70 billion weights, in groups of 128
+(`benchmarks/gpu_kernels.py`). What moves to other devices is the rule, not the numbers: enough programs to
+fill the processors, no more shares of a sum than that takes, and pipelines that fit the shared memory.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import functools
 
 # From this many rows on, writing the weight out as floats for a dense product takes less time.
-DENSE_ROWS = 512
+DENSE_ROWS = 384
 # Rows that one program of `few_rows` computes.
 FEW_ROWS = 8
 
@@ -31,7 +31,7 @@ class Launch:
     """Measures of a launch.
 
     `side` chunks are multiplied side by side, one for each warp, when that is not 0: a launch of `few_rows`.
-    Otherwise steps take `columns` words of a chunk, and `split` programs share a sum.
+    Otherwise `split` programs share a sum.
     """
 
     block_m: int
@@ -39,8 +39,14 @@ class Launch:
     warps: int
     stages: int
     side: int = 0
-    columns: int = 0
     split: int = 1
+
+
+# For rows up to; rows and output channels of a program; warps; programs that a processor runs at once.
+_MANY = ((16, 16, 32, 1, 6), (32, 32, 64, 4, 3), (DENSE_ROWS, 64, 64, 4, 2))
+# Compiled and checked under the interpreter; no such device has been measured.
+_MANY_HIP = ((16, 16, 64, 4, 2), (32, 32, 64, 4, 2), (DENSE_ROWS, 64, 64, 8, 2))
+_MOST_SHARES = 8
 
 
 @functools.lru_cache(maxsize=4096)
@@ -55,27 +61,14 @@ def launch_for(rows: int, out_features: int, in_features: int, plane: int, devic
     if rows <= FEW_ROWS and not device.hip:
         return _few(out_features, plane, device)
     table = _MANY_HIP if device.hip else _MANY
-    _, block_m, block_n, warps, columns, resident = next(line for line in table if rows <= line[0])
-    columns = min(columns, plane)
+    _, block_m, block_n, warps, resident = next(line for line in table if rows <= line[0])
     tiles = -(-rows // block_m) * -(-out_features // block_n)
-    steps = -(-in_features // (4 * plane)) * (plane // columns)
+    chunks = -(-in_features // (4 * plane))
     split = 1
-    while 2 * split * tiles <= device.processors * resident and split < 8 and steps >= 4 * split:
+    while split < _MOST_SHARES and 2 * split * tiles <= device.processors * resident and chunks >= 4 * split:
         split *= 2
-    stages = _stages(block_n * columns * 2 + 4 * columns * block_m * 2, 3, device)
-    return Launch(block_m, block_n, warps, stages, columns=columns, split=split)
-
-
-# For rows up to; rows and output channels of a program; warps; words of a chunk in a step; programs that a
-# processor runs at once.
-_MANY = (
-    (16, 16, 64, 2, 64, 2),
-    (32, 32, 64, 4, 64, 2),
-    (64, 64, 64, 4, 64, 2),
-    (DENSE_ROWS, 128, 128, 8, 32, 1),
-)
-# Compiled and checked under the interpreter; no such device has been measured.
-_MANY_HIP = ((16, 16, 64, 4, 64, 2), (32, 32, 64, 4, 64, 2), (DENSE_ROWS, 64, 64, 8, 32, 2))
+    stages = _stages((block_n + 4 * block_m) * plane * 2, 3, device)
+    return Launch(block_m, block_n, warps, stages, split=split)
 
 
 def most_tiles(out_features: int) -> int:
@@ -86,14 +79,16 @@ def most_tiles(out_features: int) -> int:
 def _few(out_features: int, plane: int, device: Device) -> Launch:
     """Few programs read more side by side; many programs leave that to one another."""
     if out_features <= 16 * device.processors:
-        block_n, side, stages = 16, 8, 3
+        block_n, side, stages = 16, 4, 4
     elif out_features <= 40 * device.processors:
         block_n, side, stages = 32, 4, 4
-    else:
+    elif out_features <= 150 * device.processors:
         block_n, side, stages = 32, 2, 3
+    else:
+        block_n, side, stages = 32, 2, 2
     if plane < 64:
-        side, stages = max(side, 4), 4
-    stages = _stages(side * (block_n * plane * 2 + 4 * plane * FEW_ROWS * 2), stages, device)
+        side, stages = 4, 4
+    stages = _stages(side * (block_n + 4 * FEW_ROWS) * plane * 2, stages, device)
     return Launch(FEW_ROWS, block_n, side, stages, side=side)
 
 
