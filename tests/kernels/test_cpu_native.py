@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,6 +145,27 @@ def test_instruction_sets_agree_to_the_last_bit(monkeypatch: pytest.MonkeyPatch)
         results = [_multiply(library, inputs, _prepare(library, weight), digits) for library in found]
         for library, result in zip(found, results, strict=True):
             assert torch.equal(result, results[0]), library
+
+
+def test_tiles_give_the_same_bits(tmp_path: Path) -> None:
+    """With AMX's instructions written out in C++, so that their use is tested on any processor with VNNI."""
+    name, compiler = "avx512-vnni", native.compiler()
+    if name not in native.available() or compiler is None:
+        pytest.skip("needs a processor with AVX512 and VNNI, and a compiler")
+    header = Path(__file__).parent / "emulated_amx.h"
+    source = native._SOURCES / "w4.cpp"
+    command = [compiler, *native._OPTIONS, *native._flags(name), "-include", str(header), "-D__AMX_INT8__=1"]
+    subprocess.run([*command, str(source), "-o", str(tmp_path / "tiles.so")], check=True)
+    library = ctypes.CDLL(str(tmp_path / "tiles.so"))
+    native._declare(library)
+    tiles, plain = native.Native(library, "tiles"), native.load()
+    assert isinstance(plain, native.Native)
+    for out, columns, group in ((200, 480, 160), (64, 256, 128), (72, 96, 32), (130, 40, 8)):
+        weight = random_weight(out, columns, group)
+        for rows, digits in itertools.product((1, 7, 8, 11, 16, 33, 241), (1, 2, 3)):
+            inputs = inputs_for(rows, columns, torch.float32)
+            got = _multiply(tiles, inputs, _prepare(tiles, weight), digits)
+            assert torch.equal(got, _multiply(plain, inputs, _prepare(plain, weight), digits))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

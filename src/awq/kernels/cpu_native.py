@@ -145,7 +145,7 @@ def is_right(found: native.Native) -> bool:
     codes = torch.randint(0, 16, (72, 64), generator=generator, dtype=torch.uint8)
     zeros = torch.randint(0, 16, (72, 2), generator=generator, dtype=torch.uint8)
     weight = QuantizedWeight(codes, torch.rand(72, 2, generator=generator), zeros)
-    inputs = torch.randn(7, 64, generator=generator)
+    inputs = torch.randn(45, 64, generator=generator)
     state = _prepare(found, weight)
     expected = inputs @ weight.dequantize().t()
     off = (_multiply(found, inputs, state, 3) - expected).norm() / expected.norm()

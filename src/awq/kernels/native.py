@@ -34,6 +34,7 @@ _AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
 # Best first: what the processor must have, as Linux calls it; compilers call most of it the same.
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
+    "amx": (*_AVX512, "avx512_vnni", "amx_tile", "amx_int8"),
     "avx512-vnni": (*_AVX512, "avx512_vnni"),
     "avx512": _AVX512,
     "avx2-vnni": (*_AVX2, "avx_vnni"),
@@ -188,7 +189,8 @@ def _loaded(file: Path, name: str, pool: int) -> Native | str:
         _declare(library)
     except (OSError, AttributeError) as error:
         return f"{file} cannot be loaded: {error}"
-    library.openawq_use_pool(pool)
+    if library.openawq_start(pool):
+        return f"the system does not allow {name}"
     from awq.kernels.cpu_native import is_right
 
     native = Native(library, name)
@@ -197,8 +199,7 @@ def _loaded(file: Path, name: str, pool: int) -> Native | str:
 
 def _declare(library: Any) -> None:
     pointer, number, whole = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    library.openawq_use_pool.argtypes = [pointer]
-    library.openawq_use_pool.restype = None
+    library.openawq_start.argtypes = [pointer]
     library.openawq_w4.argtypes = [
         *(pointer, whole, number, whole, whole, whole),
         *(pointer, pointer, number, pointer, whole, pointer, number, number),
@@ -209,7 +210,7 @@ def _declare(library: Any) -> None:
 
 
 def _flags(name: str) -> list[str]:
-    return [f"-m{flag.replace('_', '')}" for flag in INSTRUCTION_SETS[name]]
+    return [f"-m{flag.replace('amx_', 'amx-').replace('_', '')}" for flag in INSTRUCTION_SETS[name]]
 
 
 def _key(name: str) -> str:

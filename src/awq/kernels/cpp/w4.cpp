@@ -11,90 +11,23 @@
 // gives the four channels of one `dot`. Scales and zero points are [groups][outputs].
 
 #include <atomic>
-#include <cmath>
 #include <cstdlib>
-#include <new>
+#include <optional>
 
-#include "numbers.h"
+#include "activations.h"
 #include "simd.h"
+#if defined(__AMX_INT8__)
+#include "amx.h"
+#endif
 
 namespace {
 
 constexpr int BLOCK = 64;        // output channels
 constexpr int ROW = 4 * BLOCK;   // bytes of eight input channels of a block
-constexpr int CHUNK = 128;       // input channels that share an activation's scale, at most
 constexpr int ORDER[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 constexpr int MOST_ROWS = 240;   // of a task: its sums, and its activations of a chunk, stay in the cache
 constexpr int AHEAD = 4096;      // bytes to ask the memory for in advance
 constexpr int FEWEST_ROWS = 32;  // below that, expanding the codes weighs too much
-
-struct Call {
-    const void* x;
-    int64_t x_stride;
-    Kind x_kind;
-    int64_t rows, columns, outputs;
-    const uint8_t* codes;
-    const void* scales;
-    Kind scale_kind;
-    const uint8_t* zeros;
-    int64_t group;
-    void* out;
-    int chunk;
-    int64_t chunks;
-    // Packed activations: digits [chunks][rows][digits][chunk], scale and sum [chunks][rows].
-    int8_t* digits;
-    float* x_scale;
-    float* x_sum;
-};
-
-// ---- activations -------------------------------------------------------------------------------------------
-
-template <int D>
-void pack_chunk(const Call& call, int64_t row, int64_t c) {
-    float values[CHUNK];
-    int32_t whole[CHUNK];
-    const int n = call.chunk;
-    read(values, call.x, row * call.x_stride + c * n, call.x_kind, n);
-    uint32_t largest = 0;
-    for (int i = 0; i < n; i++) {
-        const uint32_t size = bits_of(values[i]) & 0x7fffffff;
-        largest = size > largest ? size : largest;
-    }
-    int8_t* digits = call.digits + (c * call.rows + row) * D * n;
-    float scale, inverse;
-    if (largest >= 0x7f800000) {  // NaN or infinity: the whole row becomes NaN
-        scale = NAN;
-        inverse = 0;
-    } else if (D == 1) {
-        scale = float_of(largest) / 127;
-        inverse = scale > 0 ? 1 / scale : 0;
-        if (!(inverse < INFINITY)) inverse = scale = 0;
-    } else {
-        // A power of two, so that short numbers stay what they are. One bit is left for the carry.
-        int exponent = int(largest >> 23) - 126 - (8 * D - 2);
-        exponent = exponent < -126 ? -126 : exponent;
-        scale = float_of(uint32_t(exponent + 127) << 23);
-        inverse = std::ldexp(1.0f, -exponent);
-    }
-    int64_t sum = 0;
-    for (int i = 0; i < n; i++) {
-        const float value = scale != scale ? 0 : values[i] * inverse;
-        whole[i] = int32_t(_mm_cvtss_si32(_mm_set_ss(value)));
-        sum += whole[i];
-    }
-    for (int d = 0; d < D; d++) {
-        for (int i = 0; i < n; i += 8) {
-            for (int j = 0; j < 8; j++) {
-                int32_t& left = whole[i + ORDER[j]];
-                const int8_t digit = int8_t(left);
-                digits[d * n + i + j] = digit;
-                left = (left - digit) >> 8;
-            }
-        }
-    }
-    call.x_scale[c * call.rows + row] = scale;
-    call.x_sum[c * call.rows + row] = float(sum);
-}
 
 // Past the end of the memory this does nothing.
 inline void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
@@ -113,6 +46,20 @@ void expand(uint8_t* tile, const uint8_t* codes, int eights) {
             istore(tile + (2 * e + 1) * ROW + v * 4 * LANES, iand(right4(word), mask));
         }
     }
+}
+
+// Adds a chunk's exact sums, one for each digit, to a vector of `sums`.
+template <int D>
+inline void settle(float* sums, const ivec* part, fvec by, fvec sum, const float* scales, const float* zeros) {
+    fvec total;
+    if (D == 1) total = to_float(part[0]);
+    if (D == 2) total = to_float(iadd(left8(part[D - 1]), part[0]));
+    if (D == 3) {
+        const fvec upper = to_float(iadd(left8(part[D - 1]), part[D - 2]));
+        total = fma(upper, fset(256), to_float(part[0]));
+    }
+    total = fnma(fload(zeros), sum, total);
+    fstore(sums, fma(total, fmul(fload(scales), by), fload(sums)));
 }
 
 // One chunk's part of R rows x (VECTORS * LANES) outputs, added to `sums`. With TILE, `codes` are expanded.
@@ -154,18 +101,8 @@ inline void multiply_part(
     for (int r = 0; r < R; r++) {
         const fvec by = fset(x_scale[r]), sum = fset(x_sum[r]);
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) {
-            fvec total;
-            if (D == 1) total = to_float(part[r][v][0]);
-            if (D == 2) total = to_float(iadd(left8(part[r][v][D - 1]), part[r][v][0]));
-            if (D == 3) {
-                const fvec upper = to_float(iadd(left8(part[r][v][D - 1]), part[r][v][D - 2]));
-                total = fma(upper, fset(256), to_float(part[r][v][0]));
-            }
-            total = fnma(fload(zeros + v * LANES), sum, total);
-            float* at = sums + r * BLOCK + v * LANES;
-            fstore(at, fma(total, fmul(fload(scales + v * LANES), by), fload(at)));
-        }
+        for (int v = 0; v < VECTORS; v++)
+            settle<D>(sums + r * BLOCK + v * LANES, part[r][v], by, sum, scales + v * LANES, zeros + v * LANES);
     }
 }
 
@@ -207,6 +144,46 @@ void read_group(const Call& call, int64_t block, int64_t g, float* scales, float
     for (int i = 0; i < BLOCK; i++) zeros[i] = i < n ? call.zeros[at + i] : 0;
 }
 
+#if defined(__AMX_INT8__)
+
+#ifndef TILED_ROWS
+#define TILED_ROWS 8  // from here on tiles are faster
+#endif
+
+// One chunk's part of any number of rows, added to `sums`; `tile` holds the expanded codes.
+template <int D>
+void multiply_tiled(
+    const Tiles& tiles, int rows, float* sums, const uint8_t* tile, const int8_t* x, const float* x_scale,
+    const float* x_sum, int chunk, const float* scales, const float* zeros) {
+    constexpr int ROWS = UNIT / D;
+    alignas(64) int32_t parts[2][UNIT * UNIT];
+    int64_t done = -1;  // the unit whose sums wait
+    const auto settle_done = [&] {
+        if (done < 0) return;
+        const int first = int(done / 2) * ROWS, at = int(done % 2) * UNIT;
+        const int n = rows - first < ROWS ? rows - first : ROWS;
+        const int32_t* part = parts[done % 2];
+        for (int r = 0; r < n; r++) {
+            const fvec by = fset(x_scale[first + r]), sum = fset(x_sum[first + r]);
+            for (int v = 0; v < UNIT; v += LANES) {
+                ivec digits[D];
+                for (int d = 0; d < D; d++) digits[d] = iload(part + (r * D + d) * UNIT + v);
+                settle<D>(
+                    sums + (first + r) * BLOCK + at + v, digits, by, sum, scales + at + v, zeros + at + v);
+            }
+        }
+    };
+    const int64_t units = 2 * ((rows + ROWS - 1) / ROWS);
+    for (int64_t u = 0; u < units; u++) {
+        const int8_t* digits = x + (u / 2) * ROWS * D * chunk;
+        tiles.multiply(parts[u % 2], digits, chunk, tile + (u % 2) * 4 * UNIT, ROW, settle_done);
+        done = u;
+    }
+    settle_done();
+}
+
+#endif
+
 // One block of outputs for `rows` rows from `first` on.
 template <int D>
 void multiply_block(const Call& call, int64_t block, int64_t first, int rows) {
@@ -218,6 +195,10 @@ void multiply_block(const Call& call, int64_t block, int64_t first, int rows) {
     const int eights = call.chunk / 8;
     const int parts = (rows + MOST - 1) / MOST;
     const uint8_t* codes = call.codes + block * (call.columns / 8) * ROW;
+#if defined(__AMX_INT8__)
+    std::optional<Tiles> tiles;
+    if (rows >= TILED_ROWS) tiles.emplace(call.chunk);
+#endif
     int64_t group = -1;
     for (int64_t c = 0; c < call.chunks; c++, codes += eights * ROW) {
         if (c * call.chunk / call.group != group) {
@@ -226,12 +207,19 @@ void multiply_block(const Call& call, int64_t block, int64_t first, int rows) {
         }
         const int64_t at = c * call.rows + first;
         const int8_t* x = call.digits + at * D * call.chunk;
-        if (parts == 1) {
+        if (parts == 1) {  // the weights are used once: they need not be expanded first
             multiply_any<D, false>(
                 rows, sums, codes, x, call.x_scale + at, call.x_sum + at, eights, scales, zeros);
             continue;
         }
         expand(tile, codes, eights);
+#if defined(__AMX_INT8__)
+        if (tiles) {
+            multiply_tiled<D>(
+                *tiles, rows, sums, tile, x, call.x_scale + at, call.x_sum + at, call.chunk, scales, zeros);
+            continue;
+        }
+#endif
         for (int p = 0; p < parts; p++) {
             const int from = rows * p / parts, to = rows * (p + 1) / parts;
             multiply_any<D, true>(
@@ -302,9 +290,15 @@ int chunk_of(int64_t group) {
 
 extern "C" {
 
-int openawq_version() { return 1; }
-
-void openawq_use_pool(void* function) { pool = reinterpret_cast<Parallel>(function); }
+// 0, or 1 when the system does not let this process use what the library was compiled for.
+int openawq_start(void* parallel_function) {
+    pool = reinterpret_cast<Parallel>(parallel_function);
+#if defined(__AMX_INT8__)
+    return may_use_tiles() ? 0 : 1;
+#else
+    return 0;
+#endif
+}
 
 // out [rows, outputs] = x [rows, columns] times the weight; 0, or 1 when there is no memory for it.
 int openawq_w4(
@@ -317,8 +311,8 @@ int openawq_w4(
     call.chunks = columns / call.chunk;
     const size_t bytes = size_t(rows) * size_t(columns) * size_t(digits);
     const size_t floats = size_t(rows) * size_t(call.chunks);
-    // 64 bytes more, so that the last broadcast of eight bytes may be read as one.
-    void* memory = std::malloc(bytes + 8 * floats + 64);
+    // Some more, because tiles read whole units of rows.
+    void* memory = std::malloc(bytes + 8 * floats + 64 * CHUNK);
     if (memory == nullptr) return 1;
     call.x_scale = static_cast<float*>(memory);
     call.x_sum = call.x_scale + floats;
