@@ -27,7 +27,7 @@ BRANCHES = {
     **{name: {"vision_tower", "multi_modal_projector"} for name in WHOLE},
     **{name: {"visual"} for name in WHOLE if "qwen" in name or name == "glm4v"},
     **{name: {"vision_model", "connector"} for name in ("smolvlm", "idefics3")},
-    "ovis2": {"vision_tower", "visual_embeddings_table"},
+    "ovis2": {"vision_tower"},
     "gemma4": {"vision_tower", "embed_vision"},
     "llama4": {"vision_model", "multi_modal_projector"},
 }

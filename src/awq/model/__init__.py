@@ -1,6 +1,6 @@
 """What a model looks like: skeleton, weights on disk, blocks, and the folds that leave it unchanged."""
 
-from awq.model.blocks import BlockCall, decoder_of, find_blocks, hidden_of, kind_of
+from awq.model.blocks import BlockCall, find_blocks, hidden_of, kind_of
 from awq.model.classes import auto_class
 from awq.model.dry import DryPass, dry_pass
 from awq.model.placement import pick_device, place
@@ -14,7 +14,6 @@ __all__ = [
     "Skeleton",
     "TensorInfo",
     "auto_class",
-    "decoder_of",
     "dry_pass",
     "find_blocks",
     "hidden_of",

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from awq.errors import StructureError, first_line
-from awq.model.blocks import Added, BlockCall, decoder_of
+from awq.model.blocks import Added, BlockCall
 from awq.model.placement import place
 from awq.model.skeleton import Skeleton
 
@@ -325,23 +325,18 @@ def _differing(one: Any, other: Any, name: str = "") -> str | None:
 def _loaded(skeleton: Skeleton, list_name: str, device: torch.device, everything: bool) -> Iterator[None]:
     """The weights around the blocks, for the time of a `with` block.
 
-    The text decoder's are read at once. Those of other modules (vision tower, projector) are read when a
-    module is first called, so that text alone leaves them on disk; or at once as well, for models that use
-    weights of modules they do not call.
+    Each module's are read when it is first called, so that text alone leaves a vision tower on disk; or
+    `everything` at once, for models that use weights of modules they do not call.
     """
-    model = skeleton.model
-    outside = _outside(model, list_name)
-    inner = "" if everything else decoder_of(model)[1]
-    first = [
-        (name, module) for name, module in outside if f"{name}.".startswith(f"{inner}." if inner else "")
-    ]
-    present = {name for name, _ in first}
+    outside = _outside(skeleton.model, list_name)
+    present: set[str] = set()
     hooks = []
-    for name, module in outside:
-        if name not in present:
+    if not everything:
+        for name, module in outside:
             hooks.append(module.register_forward_pre_hook(_reader(skeleton, name, present, device)))
     try:
-        skeleton.load_modules(first, device)
+        if everything:
+            skeleton.load_modules(outside, device)
         yield
     finally:
         for hook in hooks:

@@ -238,7 +238,7 @@ class _Run:
                 ]
                 self.seconds["total"] = time.perf_counter() - self.started
                 report = Report(plan, self.config.to_dict(), reports, self.seconds, peak_memory(self.device))
-                named = not_converted(skeleton, skipped, plan.quantized)
+                named = not_converted(skeleton, list_name, skipped, plan.quantized)
                 finish(skeleton, files, writer, journal, self.out, self.config, named, report)
                 journal.close()
         self.seconds["total"] = time.perf_counter() - self.started

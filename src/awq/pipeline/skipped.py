@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from awq.model import Skeleton, decoder_of
+from awq.model import Skeleton
 from awq.pipeline.preflight import KindPlan
 
 OUTSIDE = "outside the decoder blocks"
@@ -30,20 +30,23 @@ def left_float(skeleton: Skeleton, list_name: str, kind_of_block: Sequence[KindP
     return out
 
 
-def not_converted(skeleton: Skeleton, skipped: Mapping[str, str], quantized: Collection[str]) -> list[str]:
+def not_converted(
+    skeleton: Skeleton, list_name: str, skipped: Mapping[str, str], quantized: Collection[str]
+) -> list[str]:
     """The entries of `modules_to_not_convert`.
 
-    Layers of the text decoder are named one by one. A vision tower, a projector and the like are named as a
+    Layers of the decoder blocks are named one by one. A vision tower, a projector and the like are named as a
     whole, because engines build them of other layers than transformers does, and both with and without
     `model.` in front, because engines differ there.
 
     Args:
         skeleton: the opened model.
+        list_name: its list of decoder blocks.
         skipped: what `left_float` returned.
         quantized: checkpoint names of the quantized layers, of which no entry may be a part.
     """
     out = set(skipped)
-    for branch in _branches(skeleton):
+    for branch in _branches(skeleton, list_name):
         bare = branch.removeprefix("model.")
         if any(bare in name for name in quantized):
             continue
@@ -52,20 +55,24 @@ def not_converted(skeleton: Skeleton, skipped: Mapping[str, str], quantized: Col
     return sorted(out)
 
 
-def _branches(skeleton: Skeleton) -> Iterator[str]:
-    """Checkpoint names of the largest modules that hold no part of the text decoder, but matrices."""
+def _branches(skeleton: Skeleton, list_name: str) -> Iterator[str]:
+    """Checkpoint names of the largest modules beside the decoder blocks that hold layers of matrices."""
     model: Any = skeleton.model
-    decoder, path = decoder_of(model)
-    above = {".".join(path.split(".")[:depth]) for depth in range(len(path.split(".")))} if path else set()
     head = model.get_output_embeddings()
+    parts = list_name.split(".")
+    above = {".".join(parts[:depth]) for depth in range(len(parts))}
     for name, module in model.named_modules():
-        parent = name.rpartition(".")[0]
-        if not name or parent not in above or name in above or module is decoder or module is head:
-            continue
-        if any(parameter.dim() > 1 for parameter in module.parameters()):
+        beside = name and name.rpartition(".")[0] in above and name not in above | {list_name}
+        if beside and module is not head and _has_matrices(module):
             spelled = _in_checkpoint(skeleton, name, module)
             if spelled is not None:
                 yield spelled
+
+
+def _has_matrices(module: nn.Module) -> bool:
+    """Whether a module holds more than embeddings and norms."""
+    inner = (child for child in module.modules() if not isinstance(child, nn.Embedding))
+    return any(p is not None and p.dim() > 1 for child in inner for p in child._parameters.values())
 
 
 def _in_checkpoint(skeleton: Skeleton, name: str, module: nn.Module) -> str | None:
