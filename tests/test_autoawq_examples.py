@@ -289,14 +289,14 @@ def test_the_qwen2_vl_example_calibrates_with_images(tmp_path: Path) -> None:
     from awq.models.qwen2vl import Qwen2VLAWQForCausalLM
     from awq.quantize.quantizer import AwqQuantizer
 
-    from zoo.processors import PROCESSORS, chat, picture
+    from zoo.processors import chat, picture, processor_of
     from zoo.vision import qwen2_vl
 
     class Qwen2VLAwqQuantizer(AwqQuantizer):
         def init_quant(self, n_samples: Any = None, max_seq_len: Any = None) -> Any:
             raise AssertionError("not called")
 
-    processor = PROCESSORS["qwen2_vl"]()
+    processor = processor_of("qwen2_vl")
     model = Qwen2VLAWQForCausalLM.from_pretrained(
         str(qwen2_vl(tmp_path / "model")), model_type="qwen2_vl", use_cache=False, attn_implementation="eager"
     )

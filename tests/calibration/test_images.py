@@ -12,7 +12,7 @@ import torch
 
 from awq.calibration import ModelInputs, load_calibration
 from awq.errors import CalibrationError, ConfigError, MissingDependencyError, MissingFileError
-from zoo.processors import PROCESSORS, chat, picture
+from zoo.processors import PROCESSORS, chat, picture, processor_of
 from zoo.vision import IMAGE
 
 pytest.importorskip("PIL", reason="processors of images need Pillow")
@@ -20,7 +20,7 @@ pytest.importorskip("PIL", reason="processors of images need Pillow")
 
 @pytest.fixture(scope="module")
 def llava() -> Any:
-    return PROCESSORS["llava"]()
+    return processor_of("llava")
 
 
 def load(source: Any, processor: Any, **options: Any) -> Any:
@@ -33,7 +33,7 @@ def text_of(sample: ModelInputs, processor: Any) -> str:
 
 @pytest.mark.parametrize("name", sorted(PROCESSORS))
 def test_a_chat_with_an_image_is_what_the_processor_makes_of_it(name: str) -> None:
-    processor = PROCESSORS[name]()
+    processor = processor_of(name)
     image = picture(24, 16)
     (sample,) = load([chat(image)], processor).samples
     expected = processor.apply_chat_template(
@@ -162,7 +162,7 @@ def test_images_without_a_processor_are_refused(llava: Any) -> None:
 
 
 def test_what_the_processor_says_is_told(llava: Any) -> None:
-    processor = PROCESSORS["llava"]()
+    processor = processor_of("llava")
     processor.chat_template = None
     with pytest.raises(CalibrationError, match=r"does not take a conversation of it: .*chat template"):
         load([chat(picture(9, 9))], processor)
