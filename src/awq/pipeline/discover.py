@@ -41,7 +41,8 @@ def discover(
     kinds: list[KindPlan] = []
     kind_of_block: dict[int, KindPlan] = {}
     named = [_named(skeleton, f"{list_name}.{i}", block, config) for i, block in enumerate(blocks)]
-    for members in kinds_of(blocks, named):
+    shared = _shared(skeleton, list_name, len(blocks))
+    for members in kinds_of(blocks, list(zip(named, shared, strict=True))):
         first = members[0]
         block, name = blocks[first], f"{list_name}.{first}"
         skeleton.load(block, name, device)
@@ -53,6 +54,7 @@ def discover(
                 partial(single.run, block, device),
                 config,
                 named[first],
+                shared[first],
             )
         skeleton.unload(block)
         kinds.append(kind)
@@ -71,6 +73,20 @@ def _run_through(
         states = zip(calls, hidden, strict=True)
         hidden = [call.run(block, state.to(device), keep=True).cpu() for call, state in states]
         skeleton.unload(block)
+
+
+def _shared(skeleton: Skeleton, list_name: str, count: int) -> list[frozenset[str]]:
+    """For each block the modules in it that own a tensor which lies in another block as well."""
+    places: dict[str, set[tuple[int, str]]] = {}
+    for name, key in skeleton.keys.items():
+        if name.startswith(f"{list_name}."):
+            number, _, path = name.removeprefix(f"{list_name}.").partition(".")
+            places.setdefault(key, set()).add((int(number), path.rpartition(".")[0]))
+    several = [found for found in places.values() if len({index for index, _ in found}) > 1]
+    return [
+        frozenset(module for found in several for index, module in found if index == block)
+        for block in range(count)
+    ]
 
 
 def _named(skeleton: Skeleton, name: str, block: nn.Module, config: QuantConfig) -> frozenset[str]:

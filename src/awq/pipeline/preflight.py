@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from awq.pipeline.memory import channels_at_once
 from awq.pipeline.writer import ShardPlan, TensorPlan, plan_shards, tensor_plan
 
 _NAMED = "named in modules_to_not_convert"
+_SHARED = "other blocks share its weights"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ class KindPlan:
                 reasons[name] = (
                     f"folding into {producer} would change the output by {change:.0e}"
                     if math.isfinite(change)
-                    else f"a layer that did not run may read what {producer} gives"
+                    else f"layers that did not run, or that blocks share, may have part in {producer}"
                 )
         return reasons
 
@@ -103,6 +104,7 @@ def discover_kind(
     probe_run: Callable[[], object],
     config: QuantConfig,
     named: frozenset[str],
+    shared: frozenset[str] = frozenset(),
 ) -> KindPlan:
     """Find and prove the structure of a kind of block, and decide what is quantized in it.
 
@@ -111,11 +113,13 @@ def discover_kind(
         run, probe_run: see `awq.model.invariance.prove` and `awq.model.groups.propose`.
         config: what to quantize to.
         named: layers of the block that `modules_to_not_convert` names.
+        shared: modules of the block whose weights are other blocks' too: changed for one, they would be wrong
+            for the others.
     """
     with torch.no_grad():
         structure = propose(block, run, probe_run)
-        proofs = _unless_silent(block, structure, prove(block, structure.folds, run))
-    skipped = _skip_reasons(block, structure, config, named)
+        proofs = _unless_unknown(block, structure, prove(block, structure.folds, run), shared)
+    skipped = _skip_reasons(block, structure, config, named, shared)
     layers = tuple(name for members in structure.inputs.values() for name in members if name not in skipped)
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears_of(block).items()}
     return KindPlan(type(block).__name__, structure, proofs, layers, skipped, _others(block, skipped), shapes)
@@ -134,8 +138,10 @@ def _others(block: nn.Module, skipped: Collection[str]) -> dict[str, str]:
     return out
 
 
-def _unless_silent(block: nn.Module, structure: Structure, proofs: list[Proof]) -> list[Proof]:
-    """The same proofs, but for folds that a layer which did not run might read.
+def _unless_unknown(
+    block: nn.Module, structure: Structure, proofs: list[Proof], shared: frozenset[str]
+) -> list[Proof]:
+    """The same proofs, but for folds into shared weights, or ones that a layer which did not run might read.
 
     A layer that runs on image tokens alone, say, is seen by no probe of text: whether it reads a scaled
     tensor cannot be told, unless the widths do not fit.
@@ -143,26 +149,32 @@ def _unless_silent(block: nn.Module, structure: Structure, proofs: list[Proof]) 
     ran = {name for members in structure.inputs.values() for name in members}
     widths = {linear.in_features for name, linear in linears_of(block).items() if name not in ran}
     return [
-        dataclasses.replace(proof, change=math.inf) if len(proof.fold.tie) in widths else proof
+        dataclasses.replace(proof, change=math.inf)
+        if len(proof.fold.tie) in widths or shared & {proof.fold.producer, *proof.fold.consumers}
+        else proof
         for proof in proofs
     ]
 
 
-def kinds_of(blocks: Sequence[nn.Module], named: Sequence[frozenset[str]]) -> list[list[int]]:
+def kinds_of(blocks: Sequence[nn.Module], marks: Sequence[Hashable]) -> list[list[int]]:
     """Indices of the blocks of each kind, kinds in order of first appearance.
 
     Args:
         blocks: the decoder blocks.
-        named: for each block its layers that the user wants left alone; blocks differ by them too.
+        marks: for each block by what else it may differ: layers to be left alone, and shared ones.
     """
     kinds: dict[tuple[Any, ...], list[int]] = {}
-    for index, (block, names) in enumerate(zip(blocks, named, strict=True)):
-        kinds.setdefault((kind_of(block), names), []).append(index)
+    for index, (block, mark) in enumerate(zip(blocks, marks, strict=True)):
+        kinds.setdefault((kind_of(block), mark), []).append(index)
     return list(kinds.values())
 
 
 def _skip_reasons(
-    block: nn.Module, structure: Structure, config: QuantConfig, named: frozenset[str]
+    block: nn.Module,
+    structure: Structure,
+    config: QuantConfig,
+    named: frozenset[str],
+    shared: frozenset[str] = frozenset(),
 ) -> dict[str, str]:
     reasons: dict[str, str] = {}
     layout = get_format(config.format)
@@ -174,6 +186,8 @@ def _skip_reasons(
         size = config.effective_group_size(linear.in_features)
         if name in named:
             reasons[name] = _NAMED
+        elif name in shared:
+            reasons[name] = _SHARED
         elif name in routers:
             reasons[name] = "it decides which experts a token goes to"
         elif name not in ran:
@@ -273,7 +287,7 @@ def _served(
     other = dataclasses.replace(config, group_size=group_size)
     count = 0
     for kind, block in zip(kinds, blocks, strict=True):
-        named = frozenset(name for name, reason in kind.skipped.items() if reason == _NAMED)
+        named = frozenset(name for name, reason in kind.skipped.items() if reason in (_NAMED, _SHARED))
         count += len(linears_of(block)) - len(_skip_reasons(block, kind.structure, other, named))
     return count
 
