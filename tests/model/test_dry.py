@@ -97,6 +97,18 @@ def test_the_tower_is_read_for_images_alone_and_let_go(images: bool, tmp_path: P
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
 
 
+def test_a_model_that_asks_where_weights_are_before_they_are_read_gets_them_first(
+    tiny: Any, tmp_path: Path
+) -> None:
+    """Llama 4 sends the tokens to wherever its embeddings lie; from nowhere arbitrary memory would come back."""
+    sizes = {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size_mlp": 64, "num_local_experts": 2}
+    model = tiny("llama4_text", **sizes)
+    model.save_pretrained(tmp_path)
+    skeleton = open_model(tmp_path)
+    (item,) = dry_pass(skeleton, find_blocks(skeleton.model)[0], [TEXT], CPU)
+    torch.testing.assert_close(item.hidden, model.model.embed_tokens(TEXT["input_ids"]).detach())
+
+
 # Decoders that do between their blocks what cannot be replayed.
 
 

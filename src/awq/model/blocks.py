@@ -124,7 +124,7 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     Raises:
         StructureError: there is none.
     """
-    decoder, prefix = _decoder(model)
+    decoder, prefix = decoder_of(model)
     found: list[tuple[int, str, nn.ModuleList]] = []
     for name, module in decoder.named_modules():
         nested = any(name.startswith(f"{outer}.") for _, outer, _ in found)
@@ -163,7 +163,7 @@ def _switches(module: nn.Module) -> list[tuple[str, Any]]:
     return found
 
 
-def _decoder(model: nn.Module) -> tuple[nn.Module, str]:
+def decoder_of(model: nn.Module) -> tuple[nn.Module, str]:
     """The text decoder inside a model, and its name there."""
     get_decoder: Any = getattr(model, "get_decoder", lambda: model)
     decoder = get_decoder()

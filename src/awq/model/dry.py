@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from awq.errors import StructureError, first_line
-from awq.model.blocks import Added, BlockCall
+from awq.model.blocks import Added, BlockCall, decoder_of
 from awq.model.placement import place
 from awq.model.skeleton import Skeleton
 
@@ -137,8 +139,8 @@ def dry_pass(
     """
     batches = [place(_float32(batch), _CPU) for batch in inputs]
     reasons = []
-    for everything in (False, True):
-        with _loaded(skeleton, list_name, device, everything):
+    for ahead in _ahead(skeleton.model, list_name):
+        with _loaded(skeleton, list_name, device, ahead):
             for more in (None, 0, 1, 2):
                 recording = _Recording(skeleton.model, list_name, device, more)
                 try:
@@ -244,7 +246,7 @@ class _Recording:
         recorders = [_Recorder(block, index, log) for index, block in enumerate(members)]
         setattr(parent, attribute, nn.ModuleList(recorders))
         try:
-            with contextlib.suppress(_Stop):
+            with contextlib.suppress(_Stop), _AllThere():
                 self.model(**place(batch, self.device), use_cache=False)
         finally:
             setattr(parent, attribute, blocks)
@@ -321,22 +323,43 @@ def _differing(one: Any, other: Any, name: str = "") -> str | None:
     return next((found for key, a, b in pairs if (found := _differing(a, b, key)) is not None), None)
 
 
+class _AllThere(TorchDispatchMode):
+    """Refuses any operation on a tensor without values, some of which would answer with arbitrary memory."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        leaves = tree_leaves((args, kwargs, output))
+        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
+            raise StructureError("weights of a module are used before it is called, or without")
+        return output
+
+
+def _ahead(model: nn.Module, list_name: str) -> Iterator[list[tuple[str, nn.Module]]]:
+    """What to load ahead of the dry pass, in the order in which it is tried: nothing, the decoder, all."""
+    outside = _outside(model, list_name)
+    inner = decoder_of(model)[1]
+    yield []
+    yield [(name, module) for name, module in outside if not inner or f"{name}.".startswith(f"{inner}.")]
+    yield outside
+
+
 @contextlib.contextmanager
-def _loaded(skeleton: Skeleton, list_name: str, device: torch.device, everything: bool) -> Iterator[None]:
+def _loaded(
+    skeleton: Skeleton, list_name: str, device: torch.device, ahead: list[tuple[str, nn.Module]]
+) -> Iterator[None]:
     """The weights around the blocks, for the time of a `with` block.
 
-    Each module's are read when it is first called, so that text alone leaves a vision tower on disk; or
-    `everything` at once, for models that use weights of modules they do not call.
+    Each module's are read when it is first called, so that text alone leaves a vision tower on disk; those of
+    `ahead` at once, for models that use weights, or look where they are, before they call their module.
     """
     outside = _outside(skeleton.model, list_name)
-    present: set[str] = set()
+    present = {name for name, _ in ahead}
     hooks = []
-    if not everything:
-        for name, module in outside:
+    for name, module in outside:
+        if name not in present:
             hooks.append(module.register_forward_pre_hook(_reader(skeleton, name, present, device)))
     try:
-        if everything:
-            skeleton.load_modules(outside, device)
+        skeleton.load_modules(ahead, device)
         yield
     finally:
         for hook in hooks:

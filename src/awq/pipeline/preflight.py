@@ -180,7 +180,9 @@ def _skip_reasons(
     layout = get_format(config.format)
     ran = {name for members in structure.inputs.values() for name in members}
     routers = _routers(block)
-    for name in readers_of(block).keys() - linears_of(block).keys():
+    for name in readers_of(block):
+        if name in linears_of(block):
+            continue
         reasons[name] = f"a {type(block.get_submodule(name)).__name__} is no linear layer"
     for name, linear in linears_of(block).items():
         size = config.effective_group_size(linear.in_features)
