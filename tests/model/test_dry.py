@@ -100,7 +100,7 @@ def test_the_tower_is_read_for_images_alone_and_let_go(images: bool, tmp_path: P
 def test_a_model_that_asks_where_weights_are_before_they_are_read_gets_them_first(
     tiny: Any, tmp_path: Path
 ) -> None:
-    """Llama 4 sends the tokens to wherever its embeddings lie; from nowhere arbitrary memory would come back."""
+    """Llama 4 sends tokens to where its embeddings lie; from nowhere arbitrary memory would come back."""
     sizes = {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size_mlp": 64, "num_local_experts": 2}
     model = tiny("llama4_text", **sizes)
     model.save_pretrained(tmp_path)
