@@ -105,6 +105,8 @@ class _Recorder(nn.Module):
 
 # Stands for whatever a block may answer beside the hidden states.
 _MORE = object()
+# What blocks are tried with: hidden states alone, and tuples with so many things more.
+_ANSWERS = (None, 0, 1, 2)
 
 
 def _keyword_of_states(kwargs: Mapping[str, Any]) -> str:
@@ -141,7 +143,7 @@ def dry_pass(
     reasons = []
     for ahead in _ahead(skeleton.model, list_name):
         with _loaded(skeleton, list_name, device, ahead):
-            for more in (None, 0, 1, 2):
+            for more in _ANSWERS:
                 recording = _Recording(skeleton.model, list_name, device, more)
                 try:
                     passes = [recording.run(batch) for batch in batches]
@@ -154,12 +156,13 @@ def dry_pass(
                 for index in _one_of_each(batches):
                     recording.check(batches[index], passes[index])
                 return passes
-    name, told = type(skeleton.model).__name__, list(dict.fromkeys(reasons))
-    if len(told) == 1:
-        raise StructureError(f"{name} cannot be run on the calibration data: {told[0]}")
+    # With all weights at hand the reasons are the model's own.
+    name, (tensors, *tuples) = type(skeleton.model).__name__, reasons[-len(_ANSWERS) :]
+    if set(tuples) == {tensors}:
+        raise StructureError(f"{name} cannot be run on the calibration data: {tensors}")
     raise StructureError(
-        f"{name} does not hand hidden states from block to block as tensors ({reasons[0]}) nor as tuples "
-        f"({'; '.join(dict.fromkeys(reasons[-3:]))})"
+        f"{name} does not hand hidden states from block to block as tensors ({tensors}) nor as tuples "
+        f"({'; '.join(dict.fromkeys(tuples))})"
     )
 
 
