@@ -237,7 +237,7 @@ def _alike(module: nn.Module) -> int:
         return 0
     shapes = [
         [
-            (name, type(child), *(p.shape for p in child._parameters.values() if p is not None))
+            (name, type(child), *((n, p.shape) for n, p in child._parameters.items() if p is not None))
             for name, child in member.named_modules()
         ]
         for member in module
