@@ -121,7 +121,9 @@ class QuantLinear(nn.Linear):
     @property
     def is_offloaded(self) -> bool:
         """Whether accelerate brings the codes before each product and takes them away after it."""
-        hook: Any = getattr(self, "_hf_hook", None)
+        hook: Any = self.__dict__.get("_hf_hook")  # as a missing attribute it would cost as much as a product
+        if hook is None:
+            return False
         hooks = getattr(hook, "hooks", (hook,))
         return any(getattr(each, "offload", False) and each.offload_buffers for each in hooks)
 
