@@ -10,7 +10,7 @@ the number of threads. How exact the activations are is a number of signed bytes
     1      `cpu-w4a8`          6e-3
 
 `cpu-w4a8` is therefore never chosen by itself. Any group that divides by 8 and any number of outputs is
-served. Scales and zero points are held `[groups, out]` in memory, in the order of use.
+served.
 """
 
 from __future__ import annotations
@@ -30,12 +30,22 @@ _BLOCK = 64
 
 
 class State(NamedTuple):
-    """Codes uint8 `[blocks of 64 outputs, in / 8, 64, 4]`; scales and zeros `[out, groups]`, transposed."""
+    """Codes uint8 `[blocks of 64 outputs, in / 8, 64, 4]`; scales and zero points `[groups, out]`."""
 
     packed: Tensor
-    scales: Tensor
-    zeros: Tensor
+    scales_by_group: Tensor
+    zeros_by_group: Tensor
     group_size: int
+
+    @property
+    def scales(self) -> Tensor:
+        """Those of the weight, `[out, groups]`."""
+        return self.scales_by_group.t()
+
+    @property
+    def zeros(self) -> Tensor:
+        """Those of the weight, `[out, groups]`."""
+        return self.zeros_by_group.t()
 
 
 class CpuNative:
@@ -95,20 +105,19 @@ def _prepare(found: native.Native, weight: QuantizedWeight) -> State:
     packed = torch.empty(-(-rows // _BLOCK), columns // 8, _BLOCK, 4, dtype=torch.uint8)
     found.library.openawq_pack(codes.data_ptr(), rows, columns, packed.data_ptr(), torch.get_num_threads())
     scales = weight.scales if weight.scales.dtype in _KINDS else weight.scales.float()
-    return State(
-        packed, scales.t().contiguous().t(), weight.zeros.t().contiguous().t(), columns // scales.shape[1]
-    )
+    zeros = weight.zeros.t().contiguous()
+    return State(packed, scales.t().contiguous(), zeros, columns // scales.shape[1])
 
 
 def _multiply(found: native.Native, inputs: Tensor, state: State, digits: int) -> Tensor:
     if inputs.dtype not in _KINDS:
         return _multiply(found, inputs.float(), state, digits).to(inputs.dtype)
     rows, columns = inputs.shape
-    outputs = state.scales.shape[0]
+    outputs = state.scales_by_group.shape[1]
     if inputs.stride(1) != 1:
         inputs = inputs.contiguous()
     # No copies, unless the state has been through something that made its tensors anew.
-    packed, scales, zeros = state.packed, state.scales.t().contiguous(), state.zeros.t().contiguous()
+    scales, zeros = state.scales_by_group.contiguous(), state.zeros_by_group.contiguous()
     out = torch.empty(rows, outputs, dtype=inputs.dtype)
     failed = found.library.openawq_w4(
         inputs.data_ptr(),
@@ -117,7 +126,7 @@ def _multiply(found: native.Native, inputs: Tensor, state: State, digits: int) -
         rows,
         columns,
         outputs,
-        packed.data_ptr(),
+        state.packed.data_ptr(),
         scales.data_ptr(),
         _KINDS[scales.dtype],
         zeros.data_ptr(),
@@ -132,7 +141,8 @@ def _multiply(found: native.Native, inputs: Tensor, state: State, digits: int) -
 
 
 def _codes(found: native.Native, state: State) -> Tensor:
-    rows, columns = state.scales.shape[0], state.scales.shape[1] * state.group_size
+    groups, rows = state.scales_by_group.shape
+    columns = groups * state.group_size
     codes = torch.empty(rows, columns, dtype=torch.uint8)
     threads = torch.get_num_threads()
     found.library.openawq_unpack(state.packed.data_ptr(), rows, columns, codes.data_ptr(), threads)

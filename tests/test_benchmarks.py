@@ -1,0 +1,33 @@
+"""The benchmarks that people run to check our figures run at all, and their figures belong together."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def test_kernels_are_measured_beside_the_dense_product(tmp_path: Path) -> None:
+    target = tmp_path / "kernels.json"
+    command = [sys.executable, str(BENCHMARKS / "kernels.py"), "--device", "cpu", "--layer", "64x128"]
+    command += ["--group", "32", "--rows", "1", "5", "--rounds", "4", "--cold", "1", "--json", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
+    assert done.returncode == 0, done.stderr
+    written = json.loads(target.read_text())
+    names = {row["kernel"] for row in written["figures"]}
+    assert {"torch", "cpu-int4", "dense bfloat16", "dense float32"} <= names
+    assert {(row["rows"], row["kernel"]) for row in written["figures"]} == {
+        (rows, name) for rows in (1, 5) for name in names
+    }
+    for row in written["figures"]:
+        low, high = row["quartiles_ms"]
+        assert 0 < row["fastest_ms"] <= low <= row["median_ms"] <= high
+        assert row["of_copy"] == pytest.approx(row["bytes"] / row["median_ms"] * 1e3 / written["copy"])
+        assert row["times_dense"] == 1 or row["kernel"] != "dense bfloat16"
+        assert row["kernel"] in done.stdout
