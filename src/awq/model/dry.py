@@ -12,17 +12,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from awq.errors import StructureError, first_line
-from awq.model.blocks import Added, BlockCall, decoder_of
+from awq.model.around import (
+    MORE,
+    AllThere,
+    StandIn,
+    answered,
+    in_place_of_blocks,
+    loaded,
+    outside,
+    ways_ahead,
+)
+from awq.model.blocks import Added, BlockCall
 from awq.model.placement import place
 from awq.model.skeleton import Skeleton
 
@@ -35,10 +43,14 @@ _CPU = torch.device("cpu")
 
 @dataclasses.dataclass(frozen=True)
 class DryPass:
-    """One batch as the blocks see it: the hidden states that enter the first, and each one's call."""
+    """One batch as the blocks see it: the hidden states that enter the first, and each one's call.
+
+    `more` is the number of things that blocks answer beside the states; None when they answer with no tuple.
+    """
 
     hidden: Tensor
     calls: tuple[BlockCall, ...]
+    more: int | None = None
 
     @property
     def shares_state(self) -> bool:
@@ -64,25 +76,17 @@ class _Log:
     calls: list[tuple[int, tuple[Any, ...], dict[str, Any]]] = dataclasses.field(default_factory=list)
 
 
-class _Recorder(nn.Module):
+class _Recorder(StandIn):
     """Stands in for a block, notes how it is called, and answers as the log says."""
 
     def __init__(self, block: nn.Module, index: int, log: _Log) -> None:
-        super().__init__()
-        # Held outside the module tree: the real block must be reachable, but is no child.
-        object.__setattr__(self, "_block", block)
+        super().__init__(block)
         self._index, self._log = index, log
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(object.__getattribute__(self, "_block"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Note the call."""
         log = self._log
-        if any(value is _MORE for value in (*args, *kwargs.values())):
+        if any(value is MORE for value in (*args, *kwargs.values())):
             raise StructureError(
                 f"block {self._index} is given what an earlier one answers beside its states"
             )
@@ -100,11 +104,9 @@ class _Recorder(nn.Module):
             raise _Stop
         answer = log.answer(self._index, hidden)
         log.answers.append(answer)
-        return answer if log.more is None else (answer, *[_MORE] * log.more)
+        return answered(answer, log.more)
 
 
-# Stands for whatever a block may answer beside the hidden states.
-_MORE = object()
 # What blocks are tried with: hidden states alone, and tuples with so many things more.
 _ANSWERS = (None, 0, 1, 2)
 
@@ -141,8 +143,9 @@ def dry_pass(
     """
     batches = [place(_float32(batch), _CPU) for batch in inputs]
     reasons = []
-    for ahead in _ahead(skeleton.model, list_name):
-        with _loaded(skeleton, list_name, device, ahead):
+    around = outside(skeleton.model, list_name)
+    for ahead in ways_ahead(skeleton.model, list_name):
+        with loaded(skeleton, around, device, ahead):
             for more in _ANSWERS:
                 recording = _Recording(skeleton.model, list_name, device, more)
                 try:
@@ -208,7 +211,7 @@ class _Recording:
             for (args, kwargs), more in zip(calls, added, strict=True)
         )
         self._refuse_objects(made)
-        return DryPass(hidden, made)
+        return DryPass(hidden, made, self.more)
 
     def check(self, batch: Mapping[str, Any], found: DryPass) -> None:
         """Prove that what was noted does not depend on what the blocks answer.
@@ -242,17 +245,12 @@ class _Recording:
                 )
 
     def _log(self, batch: Mapping[str, Any], answer: Callable[[int, Tensor], Tensor]) -> _Log:
-        path, _, attribute = self.list_name.rpartition(".")
-        parent, blocks = self.model.get_submodule(path), self.model.get_submodule(self.list_name)
-        members = list(blocks.children())
+        members = list(self.model.get_submodule(self.list_name).children())
         log = _Log(answer, self.more, len(members) - 1)
         recorders = [_Recorder(block, index, log) for index, block in enumerate(members)]
-        setattr(parent, attribute, nn.ModuleList(recorders))
-        try:
-            with contextlib.suppress(_Stop), _AllThere():
-                self.model(**place(batch, self.device), use_cache=False)
-        finally:
-            setattr(parent, attribute, blocks)
+        standing_in = in_place_of_blocks(self.model, self.list_name, recorders)
+        with standing_in, contextlib.suppress(_Stop), AllThere():
+            self.model(**place(batch, self.device), use_cache=False)
         shapes = {tuple(hidden.shape) for hidden in log.received}
         if [call[0] for call in log.calls] != list(range(len(members))):
             raise StructureError(
@@ -324,72 +322,3 @@ def _differing(one: Any, other: Any, name: str = "") -> str | None:
     else:
         return name if isinstance(one, Tensor) != isinstance(other, Tensor) else None
     return next((found for key, a, b in pairs if (found := _differing(a, b, key)) is not None), None)
-
-
-class _AllThere(TorchDispatchMode):
-    """Refuses any operation on a tensor without values, some of which would answer with arbitrary memory."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        leaves = tree_leaves((args, kwargs, output))
-        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
-            raise StructureError("weights of a module are used before it is called, or without")
-        return output
-
-
-def _ahead(model: nn.Module, list_name: str) -> Iterator[list[tuple[str, nn.Module]]]:
-    """What to load ahead of the dry pass, in the order in which it is tried: nothing, the decoder, all."""
-    outside = _outside(model, list_name)
-    inner = decoder_of(model)[1]
-    yield []
-    yield [(name, module) for name, module in outside if not inner or f"{name}.".startswith(f"{inner}.")]
-    yield outside
-
-
-@contextlib.contextmanager
-def _loaded(
-    skeleton: Skeleton, list_name: str, device: torch.device, ahead: list[tuple[str, nn.Module]]
-) -> Iterator[None]:
-    """The weights around the blocks, for the time of a `with` block.
-
-    Each module's are read when it is first called, so that text alone leaves a vision tower on disk; those of
-    `ahead` at once, for models that use weights, or look where they are, before they call their module.
-    """
-    outside = _outside(skeleton.model, list_name)
-    present = {name for name, _ in ahead}
-    hooks = []
-    for name, module in outside:
-        if name not in present:
-            hooks.append(module.register_forward_pre_hook(_reader(skeleton, name, present, device)))
-    try:
-        skeleton.load_modules(ahead, device)
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for _, module in outside:
-            skeleton.unload_own(module)
-
-
-def _reader(
-    skeleton: Skeleton, name: str, present: set[str], device: torch.device
-) -> Callable[[nn.Module, Any], None]:
-    """A hook that reads a module's own weights when it is first called."""
-
-    def read(module: nn.Module, _: Any) -> None:
-        if name not in present:
-            present.add(name)
-            skeleton.load_modules([(name, module)], device)
-
-    return read
-
-
-def _outside(model: nn.Module, list_name: str) -> list[tuple[str, nn.Module]]:
-    """All modules but the blocks and the output layer, which a dry pass does not reach."""
-    output_embeddings: Any = getattr(model, "get_output_embeddings", lambda: None)
-    head = output_embeddings()
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if not f"{name}.".startswith(f"{list_name}.") and module is not head
-    ]

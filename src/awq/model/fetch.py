@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -88,3 +88,25 @@ def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
             f"{folder} has no processor for images (processor_config.json or preprocessor_config.json)"
         )
     return processor
+
+
+class Lazily:
+    """The model's own tokenizer or processor, loaded when it has work to do: token ids need none."""
+
+    def __init__(self, load: Callable[[Path, bool], Any], folder: Path, trust_remote_code: bool) -> None:
+        self._load, self._folder, self._trust = load, folder, trust_remote_code
+        self._loaded: Any = None
+
+    def _get(self) -> Any:
+        if self._loaded is None:
+            self._loaded = self._load(self._folder, self._trust)
+        return self._loaded
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._get()(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._get(), name)
+
+    def __len__(self) -> int:
+        return len(self._get())

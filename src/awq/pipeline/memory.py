@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from awq.model import Skeleton
 from awq.model.experts import expert_names
 from awq.model.groups import linears_of
 
@@ -48,3 +50,15 @@ def peak_memory(device: torch.device) -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def surrounding_bytes(skeleton: Skeleton, list_name: str, images: bool) -> int:
+    """Bytes as float32 of what is loaded outside the blocks: the embeddings; for images all but the head."""
+    embeddings: Any = skeleton.model.get_input_embeddings
+    if not images:
+        return 4 * sum(parameter.numel() for parameter in embeddings().parameters())
+    model: Any = skeleton.model
+    head = model.get_output_embeddings()
+    inside = {id(parameter) for parameter in model.get_submodule(list_name).parameters()}
+    inside |= {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    return 4 * sum(p.numel() for p in model.parameters() if id(p) not in inside)

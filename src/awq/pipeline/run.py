@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from awq.config import QuantConfig
 from awq.errors import ConfigError, OutputExistsError, WeightError
 from awq.formats import get_format
 from awq.model import Skeleton, find_blocks, open_model, pick_device
-from awq.model.fetch import load_processor, load_tokenizer, resolve
+from awq.model.fetch import Lazily, load_processor, load_tokenizer, resolve
 from awq.model.groups import linears_of
 from awq.model.invariance import prove
 from awq.pipeline.block import BlockResult, holding, make_judge, quantize_block, report_of
@@ -26,7 +26,7 @@ from awq.pipeline.discover import discover, float32_by_default, matmul_precision
 from awq.pipeline.feed import Feed
 from awq.pipeline.finish import cast, finish
 from awq.pipeline.journal import Journal, check_output, lock, open_journal, recognise, taken
-from awq.pipeline.memory import batch_tokens_for, peak_memory
+from awq.pipeline.memory import batch_tokens_for, peak_memory, surrounding_bytes
 from awq.pipeline.observe import Batch, Seen, coverage_of, measure
 from awq.pipeline.preflight import (
     Files,
@@ -114,8 +114,8 @@ def quantize(
         processor, tokenizer = tokenizer, tokenizer.tokenizer
     calibration = load_calibration(
         calib,
-        tokenizer or _Lazily(load_tokenizer, run.folder, trust_remote_code),
-        processor=processor or _Lazily(load_processor, run.folder, trust_remote_code),
+        tokenizer or Lazily(load_tokenizer, run.folder, trust_remote_code),
+        processor=processor or Lazily(load_processor, run.folder, trust_remote_code),
         samples=samples,
         seq_len=seq_len,
         split=split,
@@ -128,28 +128,6 @@ def quantize(
         return run.go(skeleton, calibration, batch_tokens, max_shard_bytes, overwrite)
     finally:
         torch.set_num_threads(threads)
-
-
-class _Lazily:
-    """The model's own tokenizer or processor, loaded when it has work to do: token ids need none."""
-
-    def __init__(self, load: Callable[[Path, bool], Any], folder: Path, trust_remote_code: bool) -> None:
-        self._load, self._folder, self._trust = load, folder, trust_remote_code
-        self._loaded: Any = None
-
-    def _get(self) -> Any:
-        if self._loaded is None:
-            self._loaded = self._load(self._folder, self._trust)
-        return self._loaded
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._get()(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._get(), name)
-
-    def __len__(self) -> int:
-        return len(self._get())
 
 
 @dataclasses.dataclass
@@ -214,7 +192,7 @@ class _Run:
                     blocks,
                     kind_of_block,
                     feed.batch_tokens,
-                    _surrounding_bytes(skeleton, list_name, feed.has_images),
+                    surrounding_bytes(skeleton, list_name, feed.has_images),
                     hidden_bytes,
                 ),
                 device=str(self.device),
@@ -415,15 +393,3 @@ def _with_fused(
             whole[source] = torch.empty(files.fused[source].shape, dtype=files.dtypes[source])
         views[key].place(whole[source], tensor.cpu())
     yield from whole.items()
-
-
-def _surrounding_bytes(skeleton: Skeleton, list_name: str, images: bool) -> int:
-    """Bytes as float32 of what is loaded outside the blocks: the embeddings; for images all but the head."""
-    embeddings: Any = skeleton.model.get_input_embeddings
-    if not images:
-        return 4 * sum(parameter.numel() for parameter in embeddings().parameters())
-    model: Any = skeleton.model
-    head = model.get_output_embeddings()
-    inside = {id(parameter) for parameter in model.get_submodule(list_name).parameters()}
-    inside |= {id(parameter) for parameter in head.parameters()} if head is not None else set()
-    return 4 * sum(p.numel() for p in model.parameters() if id(p) not in inside)
