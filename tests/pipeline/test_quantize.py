@@ -394,21 +394,23 @@ def test_smaller_batches_give_the_same_statistics(llama: Path, tmp_path: Path, t
         assert a.outcome["errors"]["rtn"] == pytest.approx(b.outcome["errors"]["rtn"], rel=1e-3)
 
 
+@pytest.mark.parametrize(("stage", "place"), [("measure", 3), ("make_judge", 1)])
 def test_out_of_memory_halves_the_batches(
-    llama: Path, tmp_path: Path, token_lists: Any, monkeypatch: pytest.MonkeyPatch
+    stage: str, place: int, llama: Path, tmp_path: Path, token_lists: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whether it happens to the statistics or, behind them, to the search."""
     from awq.pipeline import run
 
-    real, sizes = run.measure, []
+    real, sizes = getattr(run, stage), []
 
-    def measure(block: Any, structure: Any, layers: Any, batches: Any, *rest: Any) -> Any:
-        largest = max(batch.hidden.shape[0] * batch.hidden.shape[1] for batch in batches)
+    def short_of_memory(*arguments: Any) -> Any:
+        largest = max(batch.hidden.shape[0] * batch.hidden.shape[1] for batch in arguments[place])
         sizes.append(largest)
         if largest > 100:
             raise torch.OutOfMemoryError("pretended")
-        return real(block, structure, layers, batches, *rest)
+        return real(*arguments)
 
-    monkeypatch.setattr(run, "measure", measure)
+    monkeypatch.setattr(run, stage, short_of_memory)
     report = quantize(llama, tmp_path / "out", SMALL, token_lists, batch_tokens=400)
     assert sizes[0] > 100 >= sizes[-1]
     monkeypatch.undo()

@@ -20,7 +20,7 @@ from awq.formats import get_format
 from awq.model import Skeleton, find_blocks, open_model, pick_device
 from awq.model.fetch import Lazily, load_processor, load_tokenizer, resolve
 from awq.model.groups import linears_of
-from awq.model.invariance import prove
+from awq.model.invariance import Proof, prove
 from awq.pipeline.block import BlockResult, holding, make_judge, quantize_block, report_of
 from awq.pipeline.discover import discover, float32_by_default, matmul_precision
 from awq.pipeline.feed import Feed
@@ -128,6 +128,37 @@ def quantize(
         return run.go(skeleton, calibration, batch_tokens, max_shard_bytes, overwrite)
     finally:
         torch.set_num_threads(threads)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Done:
+    """What was computed for a block.
+
+    Args:
+        result: its codes.
+        seen: what it saw.
+        proofs: of its folds.
+        stored: dtype on disk of each of its parameters.
+        hidden: hidden states behind it.
+        quantized: the same behind the quantized block; None where nobody asks.
+    """
+
+    result: BlockResult
+    seen: Seen
+    proofs: list[Proof]
+    stored: dict[str, torch.dtype]
+    hidden: list[torch.Tensor]
+    quantized: list[torch.Tensor] | None
+
+    @property
+    def dropped(self) -> dict[str, float]:
+        """Folds that did not hold, with the change they make."""
+        return {proof.fold.source: proof.change for proof in self.proofs if not proof.holds}
+
+    def outcome(self) -> dict[str, Any]:
+        """The block's entry in the report."""
+        out = report_of(self.result) | {"dropped_folds": self.dropped}
+        return out | ({"experts": coverage_of(self.seen.coverage)} if self.seen.coverage else {})
 
 
 @dataclasses.dataclass
@@ -260,29 +291,55 @@ class _Run:
         """One block, from disk to disk."""
         block = skeleton.model.get_submodule(name)
         before = dict(self.seconds)
+        while True:
+            try:
+                done = self._worked(skeleton, name, block, index, kind, feed, files)
+                break
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                feed.smaller()
+                self.progress.note(f"out of memory: going on with batches of {feed.batch_tokens} tokens")
+        self._tell(name, done)
+        if not any(error < float("inf") for error in done.result.errors.values()):
+            raise WeightError(f"{name} gives NaN or infinity on the calibration text, quantized or not")
+        with self._timed("write"):
+            tensors = self._tensors(skeleton, name, block, done.result, done.stored)
+            writer.write(_with_fused(tensors, skeleton, files))
+            skeleton.unload(block)
+            feed.hidden, feed.quantized = done.hidden, done.quantized
+            spent = {key: self.seconds[key] - before.get(key, 0.0) for key in ("forward", "search")}
+            report = BlockReport(name, spent, done.outcome())
+            journal.batch_tokens = feed.batch_tokens  # the hidden states are cut that way
+            journal.finish_block(dataclasses.asdict(report), feed.states(), feed.state())
+        self.progress.block_done(index, report)
+
+    def _worked(
+        self,
+        skeleton: Skeleton,
+        name: str,
+        block: nn.Module,
+        index: int,
+        kind: KindPlan,
+        feed: Feed,
+        files: Files,
+    ) -> _Done:
+        """All that is computed for a block. Nothing outside of it changes: it may be tried again."""
         with self._timed("forward"):
             skeleton.load(block, name, self.device)
-            seen = self._measured(block, kind, feed, index)
+            seen = measure(
+                block, kind.structure, kind.layers, feed.at(index), self.device, self.config.group_size
+            )
             long, single = feed.probes_at(index)
             with matmul_precision("highest"):
                 proofs = prove(block, kind.folds, lambda: long.whole(block, self.device))
             behind = [p.run(block, self.device, keep=True).to(p.hidden.device) for p in (long, single)]
-        for proof in proofs:
-            if not proof.holds:
-                self.progress.note(f"{name}: folding into {proof.fold.source} dropped ({proof.change:.1e})")
-        for owner, item in seen.coverage.items():
-            if item.starved:
-                self.progress.note(
-                    f"{name}.{owner}: {len(item.starved)} of {len(item.tokens)} experts saw too few tokens "
-                    f"(down to {min(item.tokens)}) and are judged by what all of them saw; more samples help"
-                )
         stored = {
             parameter: files.dtypes[skeleton.keys[f"{name}.{parameter}"]]
             for parameter, _ in block.named_parameters()
         }
         # Blocks that share state would need a second one for the quantized blocks' states.
         follows = bool(self.config.tune) and not feed.shares_state
-        batches = feed.at(index, quantized=follows)
+        batches, quantized = feed.at(index, quantized=follows), None
         with self._timed("search"):
             result = quantize_block(
                 block,
@@ -299,22 +356,19 @@ class _Run:
             )
             if follows:
                 with holding(block, result.codes):
-                    feed.quantized = [b.run(block, self.device).to(b.hidden.device) for b in batches]
-        if not any(error < float("inf") for error in result.errors.values()):
-            raise WeightError(f"{name} gives NaN or infinity on the calibration text, quantized or not")
-        with self._timed("write"):
-            writer.write(_with_fused(self._tensors(skeleton, name, block, result, stored), skeleton, files))
-            skeleton.unload(block)
-            feed.hidden = seen.outputs + behind
-            spent = {key: self.seconds[key] - before.get(key, 0.0) for key in ("forward", "search")}
-            outcome = report_of(result)
-            if seen.coverage:
-                outcome["experts"] = coverage_of(seen.coverage)
-            outcome["dropped_folds"] = {p.fold.source: p.change for p in proofs if not p.holds}
-            report = BlockReport(name, spent, outcome)
-            journal.batch_tokens = feed.batch_tokens  # the hidden states are cut that way
-            journal.finish_block(dataclasses.asdict(report), feed.states(), feed.state())
-        self.progress.block_done(index, report)
+                    quantized = [b.run(block, self.device).to(b.hidden.device) for b in batches]
+        return _Done(result, seen, proofs, stored, seen.outputs + behind, quantized)
+
+    def _tell(self, name: str, done: _Done) -> None:
+        """What deserves a line about a block."""
+        for fold, change in done.dropped.items():
+            self.progress.note(f"{name}: folding into {fold} dropped ({change:.1e})")
+        for owner, item in done.seen.coverage.items():
+            if item.starved:
+                self.progress.note(
+                    f"{name}.{owner}: {len(item.starved)} of {len(item.tokens)} experts saw too few tokens "
+                    f"(down to {min(item.tokens)}) and are judged by what all of them saw; more samples help"
+                )
 
     def _tuned(
         self,
@@ -324,18 +378,6 @@ class _Run:
         codes: dict[str, Codes],
     ) -> dict[str, Codes]:
         return tune(block, codes, batches, targets, self.config.tune, self.config.bits, self.device)
-
-    def _measured(self, block: nn.Module, kind: KindPlan, feed: Feed, index: int) -> Seen:
-        """Statistics and outputs, with smaller batches whenever memory runs out."""
-        while True:
-            try:
-                return measure(
-                    block, kind.structure, kind.layers, feed.at(index), self.device, self.config.group_size
-                )
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                feed.smaller()
-                self.progress.note(f"out of memory: going on with batches of {feed.batch_tokens} tokens")
 
     def _tensors(
         self,
