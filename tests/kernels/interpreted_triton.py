@@ -74,7 +74,7 @@ def whole_processor() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("whole_processor")
-@pytest.mark.parametrize("rows", [9, 20, 40, 65])
+@pytest.mark.parametrize("rows", [9, 40])
 def test_sums_shared_by_several_programs_are_complete_and_the_counters_are_left_at_zero(rows: int) -> None:
     weight = random_weight(72, 2048, 128)
     launch = launch_for(rows, 72, 2048, 64, triton_int4._device(torch.device("cpu")))

@@ -7,7 +7,6 @@ import platform
 import shutil
 import warnings
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -169,6 +168,7 @@ def _missing(native: dict[str, Any], packages: list[dict[str, Any]]) -> list[dic
     import torch
 
     from awq.kernels import native as library
+    from awq.kernels import triton_int4
 
     missing = []
     if native["reason"] and library.available():
@@ -177,8 +177,9 @@ def _missing(native: dict[str, Any], packages: list[dict[str, Any]]) -> list[dic
             cure += ": apt install g++, dnf install gcc-c++, or name a compiler in CXX"
         missing.append({"what": "the C++ products", "for": "speed on this CPU", "cure": cure})
     if torch.cuda.is_available():
-        if find_spec("triton") is None:
-            missing.append({"what": "triton", "for": "fast kernels on the GPU", "cure": "pip install triton"})
+        lacking = triton_int4.missing()
+        if lacking:
+            missing.append({"what": "triton", "for": "fast kernels on the GPU", "cure": lacking})
     elif shutil.which("nvidia-smi") or shutil.which("rocm-smi"):
         cure = f"PyTorch {torch.__version__} does not see it: see https://pytorch.org/get-started"
         missing.append({"what": "the GPU", "for": "running on it", "cure": cure})
