@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from awq.model import dry_pass, find_blocks, open_model
 from awq.model.blocks import BlockCall, kind_of
 from awq.model.groups import Fold, propose
 from awq.model.invariance import TOLERANCE, apply, prove
@@ -419,3 +421,27 @@ def test_families_of_decoders_are_discovered_without_being_listed(
         assert len(proved) == expected, kind["folds"]
         assert all(fold["change"] < TOLERANCE for fold in proved)
         assert not kind["skipped"]
+
+
+@torch.no_grad()
+def test_an_expert_without_tokens_reads_what_the_others_read(tiny: Any, tmp_path: Path) -> None:
+    """Llama 4 gives every expert all tokens, and zeros for those of others: zeros are like any input."""
+    sizes = {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size_mlp": 64, "num_local_experts": 4}
+    tiny("llama4_text", **sizes, interleave_moe_layer_step=1).save_pretrained(tmp_path)
+    skeleton = open_model(tmp_path)
+    name, (block, *_) = find_blocks(skeleton.model)
+    alike = {"input_ids": torch.full((2, 12), 7)}  # one token goes one way
+    (item,) = dry_pass(skeleton, name, [alike], torch.device("cpu"))
+    skeleton.load(block, f"{name}.0", torch.device("cpu"))
+
+    def run() -> torch.Tensor:
+        return item.calls[0].run(block, item.hidden)
+
+    inputs = propose(block, run, run).inputs
+    ways_in = {f"feed_forward.experts.{n}.{part}_proj" for n in range(4) for part in ("gate", "up")}
+    assert ways_in < set(inputs["feed_forward.router"])
+    assert all(
+        inputs[f"feed_forward.experts.{n}.down_proj"] == (f"feed_forward.experts.{n}.down_proj",)
+        for n in range(4)
+    )
+    assert "feed_forward.shared_expert.up_proj" in inputs["feed_forward.router"]

@@ -50,4 +50,6 @@ def lively(model: torch.nn.Module, seed: int = 0) -> None:
             # Tied embeddings are the output layer too: logits of a few units, as trained models have them.
             parameter.copy_(noise / 4)
         else:
-            parameter.copy_(noise / parameter[0].numel() ** 0.5)
+            # Experts lie side by side in one parameter, and each has as many channels as its own matrix.
+            channels = parameter.shape[-1] if "experts" in name else parameter[0].numel()
+            parameter.copy_(noise / channels**0.5)

@@ -12,6 +12,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from awq import QuantConfig
+from awq.calibration import load_calibration
 from awq.errors import AwqError
-from awq.model import find_blocks, hidden_of, open_model
+from awq.model import auto_class, find_blocks, hidden_of, open_model
 from awq.model.invariance import apply, prove
 from awq.model.quantized import QuantizedCheckpoint
 from awq.pipeline import quantize
@@ -73,7 +75,13 @@ class Row:
     refused: str = ""
 
 
-def measure(model: Any, source: Path, work: Path, fused: tuple[str, str, str] | None = None) -> Row:
+def measure(
+    model: Any,
+    source: Path,
+    work: Path,
+    fused: tuple[str, str, str] | None = None,
+    images: Sequence[Mapping[str, Tensor]] = (),
+) -> Row:
     """Take an architecture all the way.
 
     Args:
@@ -81,13 +89,16 @@ def measure(model: Any, source: Path, work: Path, fused: tuple[str, str, str] | 
         source: its checkpoint.
         work: an empty folder for results.
         fused: see `zoo.text.Architecture`.
+        images: for a vision-language model inputs with images; all but the last calibrate beside text, and
+            the last one is judged by beside text.
     """
-    samples = _tokens(24, 40, seed=1)
+    texts = _tokens(24, 40, seed=1)
+    samples = [*texts, *images[:-1]]
     try:
-        folded = _folded(source, samples)
+        folded = _folded(source, [*texts[:2], *images[:1]])
     except AwqError as error:
         return Row(refused=str(error).replace(f"{source}: ", ""))
-    inputs = torch.stack(_tokens(4, 32, seed=2))
+    inputs = [{"input_ids": torch.stack(_tokens(4, 32, seed=2))}, *images[-1:]]
     original = _logits(model, inputs)
     change = _relative(_logits(folded.model, inputs), original)
     report = quantize(source, work / "awq", CONFIG, samples, device="cpu")
@@ -108,7 +119,12 @@ def measure(model: Any, source: Path, work: Path, fused: tuple[str, str, str] | 
         floats={name: reason for kind in told for name, reason in kind["skipped"].items()},
         unscaled={name: reason for kind in told for name, reason in kind["unscaled"].items()},
         others={name: holder for kind in told for name, holder in kind["others"].items()},
-        streamed=_relative(folded.output, _last_output(model, folded.last, torch.stack(samples[:2]))),
+        streamed=max(
+            _relative(output, _last_output(model, folded.last, given))
+            for output, given in zip(
+                folded.outputs, [{"input_ids": torch.stack(texts[:2])}, *images[:1]], strict=True
+            )
+        ),
         ratio=_divergence(loaded, original) / _divergence(rounded, original),
         differs=_relative(loaded, reference),
     )
@@ -118,23 +134,24 @@ def measure(model: Any, source: Path, work: Path, fused: tuple[str, str, str] | 
 class _Folded:
     """A model with random scales folded into every proven fold of every block.
 
-    `output` is what its last block, whose name is `last`, gave for the first two samples before the folding.
+    `outputs` are what its last block, whose name is `last`, gave for the samples before the folding.
     """
 
     model: Any
     kinds: list[KindPlan]
     last: str
-    output: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+    outputs: list[Tensor] = dataclasses.field(default_factory=list)
     proposed: int = 0
     proved: int = 0
 
 
 @torch.no_grad()
 @float32_by_default()
-def _folded(source: Path, samples: list[Tensor]) -> _Folded:
+def _folded(source: Path, samples: list[Any]) -> _Folded:
     skeleton = open_model(source)
     name, blocks = find_blocks(skeleton.model)
-    feed = Feed(skeleton, name, samples[:2], 128, _CPU)
+    read = load_calibration(samples, None).samples
+    feed = Feed(skeleton, name, read, 128, _CPU)
     _, kinds = discover(skeleton, name, blocks, feed, CONFIG, _CPU)
     out = _Folded(skeleton.model, kinds, f"{name}.{len(blocks) - 1}")
     generator = torch.Generator().manual_seed(3)
@@ -150,18 +167,18 @@ def _folded(source: Path, samples: list[Tensor]) -> _Folded:
                 scale = (torch.rand(len(proof.fold.rows), generator=generator) * 2 - 1).exp()
                 apply(block, proof.fold, scale)
         feed.hidden = behind
-    out.output = feed.hidden[0]
+    out.outputs = feed.hidden[:-2]  # without the probes
     around = [(path, m) for path, m in skeleton.model.named_modules() if not path.startswith(f"{name}.")]
     skeleton.load_modules(around, _CPU)
     return out
 
 
 @torch.no_grad()
-def _last_output(model: Any, block: str, inputs: Tensor) -> Tensor:
-    """What a block gives for token ids inside the whole model."""
+def _last_output(model: Any, block: str, inputs: Mapping[str, Tensor]) -> Tensor:
+    """What a block gives for an input inside the whole model."""
     seen: list[Any] = []
     handle = model.get_submodule(block).register_forward_hook(lambda *args: seen.append(args[2]))
-    model(input_ids=inputs, use_cache=False)
+    model(**inputs, use_cache=False)
     handle.remove()
     return hidden_of(seen[0])
 
@@ -215,12 +232,12 @@ def fuse(tensors: dict[str, Tensor], gate_up: str, down: str, how: str) -> None:
 
 def _load(folder: Path) -> Any:
     """Through transformers alone, computing in float32; a missing or unexpected key fails."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         config.quantization_config["backend"] = "torch"
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = auto_class(config).from_pretrained(
         folder, config=config, dtype=torch.float32, output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
@@ -233,8 +250,10 @@ def _tokens(rows: int, length: int, seed: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _logits(model: Any, inputs: Tensor) -> Tensor:
-    return model(input_ids=inputs, use_cache=False).logits.float()
+def _logits(model: Any, inputs: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """float32 `[tokens of all inputs, vocabulary]`."""
+    each = [model(**given, use_cache=False).logits.float() for given in inputs]
+    return torch.cat([logits.flatten(0, -2) for logits in each])
 
 
 def _relative(value: Tensor, reference: Tensor) -> float:

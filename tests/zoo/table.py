@@ -11,15 +11,20 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
+from awq.hf import load_float
 from zoo.build import build
 from zoo.coverage import Row, measure
 from zoo.text import TEXT
+from zoo.vision import BUILDERS, FUSED, image_inputs
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 _BEGIN, _END = "<!-- table: {} -->", "<!-- end of table -->"
 SECTIONS = {
     "dense": [name for name in TEXT if not TEXT[name].mixture],
     "mixtures of experts": [name for name in TEXT if TEXT[name].mixture],
+    "vision-language": [f"{name} (images)" for name in BUILDERS if not name.endswith("_text")],
 }
 HEADER = (
     "architecture",
@@ -40,7 +45,12 @@ def row_of(name: str) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         source, work = Path(folder) / "source", Path(folder) / "work"
         work.mkdir()
-        return measure(build(TEXT[name], source), source, work, TEXT[name].fused)
+        if name in TEXT:
+            return measure(build(TEXT[name], source), source, work, TEXT[name].fused)
+        family = name.removesuffix(" (images)")
+        model = load_float(BUILDERS[family](source), dtype=torch.float32)
+        images = [image_inputs(family, seed) for seed in range(4)]
+        return measure(model, source, work, FUSED.get(family), images)
 
 
 def cells(name: str, row: Row) -> dict[str, str]:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from zoo.build import lively
+
 VOCABULARY = 160
 IMAGE, VIDEO, VISION_START, VISION_END, AUDIO = 151, 152, 153, 154, 155
 # Sizes of the text decoders.
@@ -58,10 +60,7 @@ def save(folder: Path, model_type: str, **config: Any) -> Path:
     torch.manual_seed(0)
     made = AutoConfig.for_model(model_type, **config)
     model = auto_class(made).from_config(made, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        spread = 0.5 if parameter.dim() == 1 else 0.05
-        parameter.data += torch.randn(parameter.shape, generator=generator) * spread
+    lively(model)
     model.save_pretrained(folder)
     return folder
 
@@ -348,7 +347,7 @@ def cohere2_vision(folder: Path) -> Path:
 
 
 # Experts of the mixtures: four, of which a token goes to two.
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
 def qwen3_vl_moe(folder: Path) -> Path:
@@ -421,6 +420,13 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
         qwen3_5,
         llama4,
     )
+}
+
+
+# How the hub fuses experts: see `zoo.text.Architecture`.
+FUSED = {
+    "qwen3_vl_moe": ("experts.gate_up_proj", "experts.down_proj", "rows"),
+    "llama4": ("experts.gate_up_proj", "experts.down_proj", "columns"),
 }
 
 

@@ -185,11 +185,15 @@ def _behind(
 
 
 def _inputs_of(block: nn.Module, run: Callable[[], object]) -> dict[str, Tensor]:
-    """Input of each linear layer as `[rows, in]`; a layer that runs several times keeps its first input."""
+    """Input of each linear layer as `[rows, in]`; a layer that runs several times keeps its first input.
+
+    Zeros (an expert whose turn it is not) say nothing of where an input comes from, and give way to the next.
+    """
     seen: dict[str, Tensor] = {}
 
     def note(name: str, inputs: Tensor) -> None:
-        seen.setdefault(name, inputs.reshape(-1, inputs.shape[-1]))
+        if name not in seen or not bool(seen[name].any()):
+            seen[name] = inputs.reshape(-1, inputs.shape[-1])
 
     with watch_inputs(block, note):
         run()
@@ -217,10 +221,14 @@ def _shared_inputs(seen: dict[str, Tensor], within: dict[str, ExpertName]) -> di
     """Group layers whose inputs are equal, in the order in which they ran.
 
     An expert's tokens may be weighted before it reads them, and are some of all tokens: its inputs need only
-    be multiples row by row, or rows found among the others.
+    be multiples row by row, or rows found among the others. An expert without tokens reads what others of
+    its layer read.
     """
     groups: dict[str, list[str]] = {}
+    idle = [name for name, tensor in seen.items() if name in within and not bool(tensor.any())]
     for name, tensor in seen.items():
+        if name in idle:
+            continue
         for first, members in groups.items():
             same = _same_rows if name in within else torch.equal
             if same(seen[first], tensor):
@@ -228,14 +236,31 @@ def _shared_inputs(seen: dict[str, Tensor], within: dict[str, ExpertName]) -> di
                 break
         else:
             groups[name] = [name]
+    for name in idle:
+        groups.setdefault(_group_of_others(within[name], groups, within) or name, []).append(name)
     return {first: tuple(members) for first, members in groups.items()}
 
 
+def _group_of_others(
+    place: ExpertName, groups: dict[str, list[str]], within: dict[str, ExpertName]
+) -> str | None:
+    """The group in which the same layer of other experts reads what is not one expert's own."""
+    for first, members in groups.items():
+        places = [within[name] for name in members if name in within]
+        alike = {p.number for p in places if (p.owner, p.rest) == (place.owner, place.rest)}
+        if alike and (len(alike) > 1 or len(places) < len(members)):
+            return first
+    return None
+
+
 def _same_rows(rows: Tensor, others: Tensor) -> bool:
-    """Whether each row of `others` is a multiple of the row of `rows`, or all are found among `rows`."""
+    """Whether each row of `others` is a multiple of the row of `rows`, or all are found among `rows`.
+
+    Zeros are a multiple of anything, and tell nothing.
+    """
     if torch.equal(rows, others):
         return True
-    if rows.shape[1] != others.shape[1]:
+    if rows.shape[1] != others.shape[1] or not bool(others.any()):
         return False
     if len(rows) != len(others):
         return all(bool((rows == row).all(1).any()) for row in others)
