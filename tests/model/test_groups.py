@@ -191,6 +191,35 @@ def test_what_a_block_leaves_for_later_ones_must_stay_as_it_was() -> None:
     assert proofs["value"].change > 100 * TOLERANCE
 
 
+class Shifted(nn.Module):
+    """Readers of one norm that see it mixed with the token before, each in its own way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = Norm(64, bias=True)
+        self.key, self.value, self.out = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+        self.key_mix, self.value_mix = nn.Parameter(torch.rand(64)), nn.Parameter(torch.rand(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        before = F.pad(y, (0, 0, 1, -1))
+        key = self.key(y + (before - y) * self.key_mix)
+        return x + self.out(key.sigmoid() * self.value(y + (before - y) * self.value_mix))
+
+
+def test_readers_of_different_inputs_behind_one_producer_share_its_scale() -> None:
+    torch.manual_seed(0)
+    block = Shifted()
+    x = torch.randn(2, 12, 64)
+    with torch.no_grad():
+        structure = propose(block, lambda: block(x), lambda: block(x.reshape(24, 1, 64)))
+        proofs = prove(block, structure.folds, lambda: block(x))
+    held = {proof.fold.producer: proof.fold for proof in proofs if proof.holds}
+    assert held["norm"].consumers == ("key", "value")
+    assert held["value"].consumers == ("out",)
+    assert structure.inputs == {"key": ("key",), "value": ("value",), "out": ("out",)}
+
+
 class Own(nn.Module):
     """A norm that calls its vectors as it likes, and a gain that is a parameter of the block itself."""
 

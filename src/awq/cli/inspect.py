@@ -18,6 +18,9 @@ def command(
     model: Annotated[str, typer.Argument(help="Folder or hub name; float or quantized.")],
     group_size: Annotated[int, typer.Option(help="For a float model: the group size to plan with.")] = 128,
     json: Annotated[str | None, typer.Option(help="Write the figures to this file; - for stdout.")] = None,
+    overrides: Annotated[
+        str | None, typer.Option(help="For a float model: TOML file of what is known better about it.")
+    ] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
 ) -> None:
     """Show a quantized checkpoint's layers, or a float model's discovered structure."""
@@ -33,9 +36,12 @@ def command(
         value = checkpoint_facts(folder)
         print_checkpoint(out, model, value)
     else:
+        from awq.model.overrides import Overrides
         from awq.pipeline import structure_of
 
-        value = structure_of(folder, QuantConfig(group_size=group_size), trust_remote_code)
+        value = structure_of(
+            folder, QuantConfig(group_size=group_size), trust_remote_code, Overrides.of(overrides)
+        )
         out.print(structure_tree(model, value), soft_wrap=False)
     write_json(value, json)
 

@@ -50,6 +50,9 @@ def command(
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens run at once.")] = None,
     report: Annotated[str | None, typer.Option(help="Also write the report, with timings, here.")] = None,
     json: Annotated[str | None, typer.Option(help="The same as --report; - for stdout.")] = None,
+    overrides: Annotated[
+        str | None, typer.Option(help="TOML file of what is known better about the model.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what is in OUT.")] = False,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
 ) -> None:
@@ -89,6 +92,7 @@ def command(
             batch_tokens=batch_tokens,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
+            overrides=overrides,
             progress=display,
         )
     print_result(out_console, out, result)

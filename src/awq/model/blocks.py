@@ -119,15 +119,24 @@ def hidden_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
-def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
+def find_blocks(model: nn.Module, named: str | None = None) -> tuple[str, list[nn.Module]]:
     """The name of the list of decoder blocks, and the blocks.
 
     It is the outermost `ModuleList` with the most parameters inside the text decoder whose members hold
     linear layers.
 
+    Args:
+        model: the whole model.
+        named: the name of the list, where the user has given it.
+
     Raises:
         StructureError: there is none.
     """
+    if named is not None:
+        listed = dict(model.named_modules()).get(named)
+        if not isinstance(listed, nn.ModuleList) or not len(listed):
+            raise StructureError(f"{type(model).__name__} has no list of blocks that is called {named}")
+        return named, list(listed)
     decoder, prefix = decoder_of(model)
     found: list[tuple[int, str, nn.ModuleList]] = []
     for name, module in decoder.named_modules():

@@ -76,11 +76,13 @@ class Structure:
         folds: proposals, at most one for each input.
         behind: for an input without a proposal, the last norm or linear layer that has an effect on it,
             which is no plain factor; no entry where there is none.
+        denied: producers that the user does not want scaled, by input.
     """
 
     inputs: dict[str, tuple[str, ...]]
     folds: tuple[Fold, ...]
     behind: dict[str, str] = dataclasses.field(default_factory=dict)
+    denied: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
@@ -145,15 +147,37 @@ def propose(block: nn.Module, run: Callable[[], object], probe_run: Callable[[],
             if producer in within and within[producer].number != examples.get(within[producer].owner):
                 continue  # experts of a layer are alike: what is found in one is proposed for all
             changed: set[str] = set()
-            for fold in _read_rows(block, producer, module, names, inputs, before, probe_run, changed):
-                first = fold.consumers[0]
-                if first not in best or len(fold.rows) > len(best[first].rows):
-                    best[first] = fold
+            found = _read_rows(block, producer, module, names, inputs, before, probe_run, changed)
+            for fold, firsts in _merged(found):
+                for first in firsts:
+                    if first not in best or len(fold.rows) > len(best[first].rows):
+                        best[first] = fold
             behind.update(dict.fromkeys(changed, producer))
     for fold in list(best.values()):
         best.update({copy.consumers[0]: copy for copy in _for_other_experts(fold, within, inputs)})
-    folds = tuple(best[name] for name in inputs if name in best)
+    # A fold that has several inputs stands behind each of them.
+    folds = tuple({id(best[name]): best[name] for name in inputs if name in best}.values())
     return Structure(inputs, folds, dict(_behind(behind, within, inputs, best)))
+
+
+def _merged(folds: Iterator[Fold]) -> Iterator[tuple[Fold, list[str]]]:
+    """Folds of one producer, those of equal rows and ties as one: whoever scales it must tell all readers.
+
+    Each comes with the first readers of its inputs. Inputs may differ by what has been done to them in
+    between (shifts in time, products), as long as their channels are the same.
+    """
+    groups: list[list[Fold]] = []
+    for fold in folds:
+        for group in groups:
+            alike = group[0].rule == fold.rule and group[0].bias == fold.bias
+            if alike and torch.equal(group[0].rows, fold.rows) and torch.equal(group[0].tie, fold.tie):
+                group.append(fold)
+                break
+        else:
+            groups.append([fold])
+    for group in groups:
+        readers = tuple(name for fold in group for name in fold.consumers)
+        yield dataclasses.replace(group[0], consumers=readers), [fold.consumers[0] for fold in group]
 
 
 def _for_other_experts(

@@ -195,10 +195,14 @@ def _fold(
 ) -> str:
     """Search a fold's scale, fold it in, and update the statistics; returns how the scale was made."""
     linears = linears_of(block)
-    readers = [linears[name].weight.data for name in fold.consumers if name in layers]
-    if not readers:
+    by_input: dict[str, list[Tensor]] = {}
+    for name in fold.consumers:
+        if name in layers:
+            by_input.setdefault(first_of[name], []).append(linears[name].weight.data)
+    if not by_input:
         return "none of its readers is quantized"
-    first = first_of[fold.consumers[0]]
+    # Where readers have several inputs, the scale is made for the input of most weights.
+    first, readers = max(by_input.items(), key=lambda item: sum(weight.numel() for weight in item[1]))
     width = readers[0].shape[1]
     grid = ScaleGrid(
         config.bits, config.effective_group_size(width), scale_dtype, config.scale_steps, config.duo_scaling
@@ -208,7 +212,8 @@ def _fold(
         return choice.label
     scale = storable(block.get_submodule(fold.producer), fold, choice.scale, stored_dtypes)
     apply(block, fold, scale)
-    stats[first] = stats[first].divided(expand(scale, fold.tie))
+    for name in by_input:
+        stats[name] = stats[name].divided(expand(scale, fold.tie))
     return choice.label
 
 

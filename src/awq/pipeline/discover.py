@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from awq.config import QuantConfig
+from awq.errors import ConfigError
 from awq.model import Skeleton, find_blocks, open_model
 from awq.model.groups import linears_of
+from awq.model.overrides import Overrides
 from awq.pipeline.feed import Feed
 from awq.pipeline.preflight import KindPlan, discover_kind, kinds_of
 from awq.pipeline.skipped import OUTSIDE, left_float
@@ -26,6 +28,7 @@ def discover(
     feed: Feed,
     config: QuantConfig,
     device: torch.device,
+    overrides: Overrides | None = None,
 ) -> tuple[list[KindPlan], list[KindPlan]]:
     """The kinds of block, and the kind of each block.
 
@@ -35,7 +38,14 @@ def discover(
         feed: gives the probes.
         config: what to quantize to.
         device: where the probes run.
+        overrides: corrections to what is found.
+
+    Raises:
+        ConfigError: an override speaks of nothing in these blocks, or a fold it adds cannot be proved.
     """
+    overrides = overrides or Overrides()
+    if silent := overrides.unused(blocks):
+        raise ConfigError(f"overrides: nothing in the blocks of this model fits {'; '.join(silent)}")
     if feed.shares_state:
         _run_through(skeleton, list_name, blocks, feed, device)
     kinds: list[KindPlan] = []
@@ -55,6 +65,7 @@ def discover(
                 config,
                 named[first],
                 shared[first],
+                overrides,
             )
         skeleton.unload(block)
         kinds.append(kind)
@@ -109,7 +120,12 @@ def float32_by_default() -> Iterator[None]:
 
 @torch.no_grad()
 @float32_by_default()
-def structure_of(folder: Path, config: QuantConfig, trust_remote_code: bool = False) -> dict[str, Any]:
+def structure_of(
+    folder: Path,
+    config: QuantConfig,
+    trust_remote_code: bool = False,
+    overrides: Overrides | None = None,
+) -> dict[str, Any]:
     """What quantizing a float model with `config` would do, as JSON values; nothing is written.
 
     Returns:
@@ -117,13 +133,15 @@ def structure_of(folder: Path, config: QuantConfig, trust_remote_code: bool = Fa
         `outside` (linear layers outside the blocks).
     """
     skeleton = open_model(folder, trust_remote_code)
-    list_name, blocks = find_blocks(skeleton.model)
+    overrides = overrides or Overrides()
+    config = overrides.joined(config)
+    list_name, blocks = find_blocks(skeleton.model, overrides.blocks)
     device = torch.device("cpu")
     ids = torch.randint(0, skeleton.vocabulary, (64,), generator=torch.Generator().manual_seed(0))
     # Tokens that stand for images mean nothing without them.
     ids = ids[~torch.isin(ids, skeleton.placeholders)]
     feed = Feed(skeleton, list_name, [ids], len(ids), device)
-    kinds, kind_of_block = discover(skeleton, list_name, blocks, feed, config, device)
+    kinds, kind_of_block = discover(skeleton, list_name, blocks, feed, config, device, overrides)
     floats = left_float(skeleton, list_name, kind_of_block)
     return {
         "architecture": type(skeleton.model).__name__,

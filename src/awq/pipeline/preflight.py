@@ -23,6 +23,7 @@ from awq.model import Skeleton, kind_of
 from awq.model.experts import expert_names
 from awq.model.groups import Fold, Structure, linears_of, propose, readers_of, width_of
 from awq.model.invariance import Output, Proof, prove
+from awq.model.overrides import Overrides
 from awq.model.weights import FLOAT_DTYPES, TensorInfo
 from awq.pipeline.memory import channels_at_once
 from awq.pipeline.writer import ShardPlan, TensorPlan, plan_shards, tensor_plan
@@ -77,12 +78,16 @@ class KindPlan:
 
     def unscaled(self) -> dict[str, str]:
         """Layers that are quantized without a scale, with the reason."""
-        proofs = {name: proof for proof in self.proofs for name in proof.fold.consumers}
+        ranked = sorted(self.proofs, key=lambda proof: proof.holds)
+        proofs = {name: proof for proof in ranked for name in proof.fold.consumers}
         first_of = {name: first for first, members in self.structure.inputs.items() for name in members}
         reasons = {}
         for name in self.layers:
             behind = self.structure.behind.get(first_of[name])
-            if name not in proofs:
+            denied = self.structure.denied.get(first_of[name])
+            if name not in proofs and denied:
+                reasons[name] = f"overrides deny {denied} a scale"
+            elif name not in proofs:
                 reasons[name] = (
                     f"its input channels are no plain factors of {behind}"
                     if behind
@@ -105,6 +110,7 @@ def discover_kind(
     config: QuantConfig,
     named: frozenset[str],
     shared: frozenset[str] = frozenset(),
+    overrides: Overrides | None = None,
 ) -> KindPlan:
     """Find and prove the structure of a kind of block, and decide what is quantized in it.
 
@@ -115,10 +121,16 @@ def discover_kind(
         named: layers of the block that `modules_to_not_convert` names.
         shared: modules of the block whose weights are other blocks' too: changed for one, they would be wrong
             for the others.
+        overrides: corrections to what is found.
+
+    Raises:
+        ConfigError: a fold that the user added cannot be proved; with the figure.
     """
+    overrides = overrides or Overrides()
     with torch.no_grad():
-        structure = propose(block, run, probe_run)
+        structure = overrides.apply(block, propose(block, run, probe_run))
         proofs = _unless_unknown(block, structure, prove(block, structure.folds, run), shared)
+    overrides.require(proofs, type(block).__name__)
     skipped = _skip_reasons(block, structure, config, named, shared)
     layers = tuple(name for members in structure.inputs.values() for name in members if name not in skipped)
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears_of(block).items()}

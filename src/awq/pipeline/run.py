@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from awq.model import Skeleton, find_blocks, open_model, pick_device
 from awq.model.fetch import Lazily, load_processor, load_tokenizer, resolve
 from awq.model.groups import linears_of
 from awq.model.invariance import Proof, prove
+from awq.model.overrides import Overrides
 from awq.pipeline.block import BlockResult, holding, make_judge, quantize_block, report_of
 from awq.pipeline.discover import discover, float32_by_default, matmul_precision
 from awq.pipeline.feed import Feed
@@ -64,6 +65,7 @@ def quantize(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    overrides: Overrides | Mapping[str, Any] | str | Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize a model folder to a new folder.
@@ -87,6 +89,7 @@ def quantize(
         max_shard_bytes: size of an output file at most.
         overwrite: replace a checkpoint, or unfinished work, in `out`.
         trust_remote_code: run modelling code that comes with the model.
+        overrides: what is known better about this model: a TOML or JSON file, or what it holds.
         progress: told about the plan and each block.
 
     Raises:
@@ -98,10 +101,12 @@ def quantize(
     for name, value in (("batch_tokens", batch_tokens), ("max_shard_bytes", max_shard_bytes)):
         if value is not None and value < 1:
             raise ConfigError(f"{name}={value} must be at least 1")
+    known = Overrides.of(overrides)
     run = _Run(
         folder=resolve(model),
         out=Path(out).expanduser(),
-        config=config or QuantConfig(),
+        config=known.joined(config or QuantConfig()),
+        overrides=known,
         device=pick_device(device),
         progress=progress or Silent(),
         started=started,
@@ -168,6 +173,7 @@ class _Run:
     folder: Path
     out: Path
     config: QuantConfig
+    overrides: Overrides
     device: torch.device
     progress: Progress
     started: float
@@ -182,7 +188,7 @@ class _Run:
         overwrite: bool,
     ) -> Report:
         """Plan, then work through the blocks."""
-        list_name, blocks = find_blocks(skeleton.model)
+        list_name, blocks = find_blocks(skeleton.model, self.overrides.blocks)
         settings = self._settings(skeleton, calibration, batch_tokens, max_shard_bytes)
         unfinished = check_output(self.out, settings, overwrite)
         tokens = batch_tokens or batch_tokens_for(self.device, blocks, bool(self.config.tune))
@@ -191,7 +197,9 @@ class _Run:
             tokens = unfinished.batch_tokens
             torch.set_num_threads(unfinished.threads)
         feed = Feed(skeleton, list_name, calibration.samples, tokens, self.device)
-        kinds, kind_of_block = discover(skeleton, list_name, blocks, feed, self.config, self.device)
+        kinds, kind_of_block = discover(
+            skeleton, list_name, blocks, feed, self.config, self.device, self.overrides
+        )
         require_layers(kind_of_block, self.config, blocks)
         idle = require_scales(kind_of_block, self.config)
         quantized = {
@@ -267,6 +275,7 @@ class _Run:
 
         return {
             "config": self.config.to_dict(),
+            "overrides": self.overrides.to_dict(),
             "model": recognise(skeleton.reader),
             "calibration": calibration.fingerprint(),
             "batch_tokens": batch_tokens,
