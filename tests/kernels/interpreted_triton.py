@@ -16,6 +16,7 @@ from awq.kernels import triton_int4, triton_panel
 from awq.kernels.triton_int4 import TritonInt4
 from awq.kernels.triton_table import Device, Launch, launch_for
 from awq.search import rounding
+from awq.search.refine import move_panel
 
 KERNEL = TritonInt4()
 # Groups that fill a chunk of words, share it, cross it, and lie in a chunk that is not full.
@@ -110,3 +111,18 @@ def test_a_panel_is_rounded_as_by_plain_pytorch(channels: int, out: int) -> None
     plain = rounding.round_panel(expected, upper, scales, zeros, 15)
     assert torch.equal(triton_panel.round_panel(got, upper, scales, zeros, 15), plain)
     assert torch.allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("channels", "out"), [(1, 3), (24, 40)])
+def test_codes_of_a_panel_move_as_by_plain_pytorch(channels: int, out: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(64, channels, generator=generator)
+    gram = inputs.t() @ inputs / 64
+    codes = torch.randint(0, 16, (channels, out), generator=generator).float()
+    scales = torch.rand(channels, out, generator=generator) + 0.5
+    slope = gram @ (torch.randn(channels, out, generator=generator) * scales)
+    expected, got = codes.clone(), codes.clone()
+    moves = move_panel(expected, slope.clone(), gram, scales, 15)
+    assert bool((expected != codes).any())
+    assert torch.allclose(triton_panel.move_panel(got, slope.clone(), gram, scales, 15), moves)
+    assert torch.equal(got, expected)

@@ -52,6 +52,10 @@ def compiled(gpu: Gpu, program: str, dtype: torch.dtype, constants: dict[str, An
         "counters_ptr": "*i32",
         "rest_ptr": "*fp32",
         "upper_ptr": "*fp32",
+        "numbers_ptr": "*fp32",
+        "slope_ptr": "*fp32",
+        "gram_ptr": "*fp32",
+        "moves_ptr": "*fp32",
         "scales_ptr": "*fp32",
         "zeros_ptr": "*fp32",
         "codes_ptr": "*u8",
@@ -150,4 +154,11 @@ def test_dequantizing_compiles(gpu: Gpu, tmp_path: Path) -> None:
 def test_rounding_a_panel_compiles(gpu: Gpu, tmp_path: Path) -> None:
     constants = {"WIDEST": 128, "BLOCK": 32}
     kernel = compiled(gpu, "round_panel", torch.float32, constants, Launch(0, 32, 1, 3))
+    assert spilled_bytes(kernel, gpu, tmp_path) == 0
+
+
+@pytest.mark.parametrize("gpu", [H100, GPUS[4]], ids=lambda gpu: gpu.name)
+def test_moving_the_codes_of_a_panel_compiles(gpu: Gpu, tmp_path: Path) -> None:
+    constants = {"TINY": 1e-38, "WIDEST": 128, "BLOCK": 32}
+    kernel = compiled(gpu, "move_panel", torch.float32, constants, Launch(0, 32, 1, 3))
     assert spilled_bytes(kernel, gpu, tmp_path) == 0

@@ -1,4 +1,4 @@
-"""Rounding with error compensation on a GPU: a panel of channels in one launch.
+"""Rounding with error compensation, and refining, on a GPU: a panel of channels in one launch.
 
 `search.rounding.round_panel` does the same in plain PyTorch with some eight launches for every channel, which
 takes a GPU longer than all the rest of the search. Rows of a weight are independent of one another, so each
@@ -18,6 +18,11 @@ from awq.kernels.triton_int4 import missing
 _BLOCK = 32
 # Channels of the widest panel that a program holds.
 _WIDEST = 128
+
+
+def mover_for(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor] | None:
+    """What moves the codes of panels on a device; None where plain PyTorch has to."""
+    return move_panel if device.type == "cuda" and missing() is None else None
 
 
 def panel_for(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor] | None:
@@ -51,3 +56,32 @@ def round_panel(rest: Tensor, upper: Tensor, scales: Tensor, zeros: Tensor, leve
             num_warps=1,
         )
     return codes
+
+
+def move_panel(codes: Tensor, slope: Tensor, gram: Tensor, scales: Tensor, levels: int) -> Tensor:
+    """As `search.refine.move_panel`, up to the order of roundings within one float32 operation.
+
+    Args:
+        codes, slope, scales: float32 `[channels, out]`, contiguous; `codes` are moved in place.
+        gram: float32 `[channels, channels]`.
+    """
+    from awq.kernels import triton_programs
+
+    channels, out = codes.shape
+    moves = torch.empty_like(slope)
+    with torch.cuda.device_of(codes):
+        triton_programs.move_panel[(-(-out // _BLOCK),)](
+            codes,
+            slope,
+            gram,
+            scales,
+            moves,
+            channels,
+            out,
+            levels,
+            TINY=torch.finfo(torch.float32).tiny,
+            WIDEST=_WIDEST,
+            BLOCK=_BLOCK,
+            num_warps=1,
+        )
+    return moves

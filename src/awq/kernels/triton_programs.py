@@ -280,3 +280,39 @@ def round_panel(
         rest -= tl.where(channel > i, row, 0.0)[:, None] * error[None, :]
         tl.store(codes_ptr + here, code.to(tl.uint8), mask=inside)
         tl.store(rest_ptr + here, error, mask=inside)
+
+
+@triton.jit(do_not_specialize=["channels", "levels"])
+def move_panel(
+    numbers_ptr,
+    slope_ptr,
+    gram_ptr,
+    scales_ptr,
+    moves_ptr,
+    channels,
+    out_features,
+    levels,
+    TINY: tl.constexpr,
+    WIDEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Move code after code to where it does best, and the slopes of those behind it along; in place."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.arange(0, WIDEST)
+    inside = n < out_features
+    cells = channel.to(tl.int64)[:, None] * out_features + n[None, :]
+    slope = tl.load(slope_ptr + cells, mask=(channel < channels)[:, None] & inside[None, :], other=0.0)
+    for i in range(channels):
+        here = i * out_features + n
+        value = tl.sum(tl.where((channel == i)[:, None], slope, 0.0), 0)
+        scales = tl.load(scales_ptr + here, mask=inside, other=1.0)
+        code = tl.load(numbers_ptr + here, mask=inside, other=0.0)
+        row = tl.load(gram_ptr + i * channels + channel, mask=channel < channels, other=0.0)
+        pivot = tl.maximum(tl.load(gram_ptr + i * channels + i), TINY)
+        best = tl.minimum(tl.maximum(code - tl.div_rn(value, scales * pivot), 0.0), levels)
+        # To the nearest whole number, as above.
+        best = (best + 12582912.0) - 12582912.0
+        move = (best - code) * scales
+        slope += row[:, None] * move[None, :]
+        tl.store(numbers_ptr + here, best, mask=inside)
+        tl.store(moves_ptr + here, move, mask=inside)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from awq.config import QuantConfig
-from awq.kernels.triton_panel import panel_for
+from awq.kernels.triton_panel import mover_for, panel_for
 from awq.model.groups import Fold, Structure, linears_of, scale_rows
 from awq.model.invariance import apply
 from awq.pipeline.observe import Batch
@@ -265,7 +265,8 @@ def _round(
             if rounding == "gptq":
                 panel = panel_for(weight.device) or round_panel
                 stacked = gptq(weight, seen, low, high, config.bits, dtype, panel)
-                stacked = refine(weight, seen, stacked, config.bits, config.refine)
+                mover = mover_for(weight.device)
+                stacked = refine(weight, seen, stacked, config.bits, config.refine, mover)
             else:
                 stacked = nearest(weight, low, high, config.bits, dtype)
             for name, *parts in zip(members, *(tensor.split(rows) for tensor in stacked), strict=True):

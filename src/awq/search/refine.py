@@ -60,8 +60,7 @@ def move_panel(codes: Tensor, slope: Tensor, gram: Tensor, scales: Tensor, level
 
     Args:
         codes: float32 `[channels, out]`, moved in place.
-        slope: float32 `[channels, out]`, half the gradient of the error with respect to the values; brought
-            up to date in place.
+        slope: float32 `[channels, out]`, half the gradient of the error with respect to the values; used up.
         gram: float32 `[channels, channels]`, the panel's part of G.
         scales: float32 `[channels, out]`.
 
