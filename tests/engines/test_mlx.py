@@ -13,6 +13,7 @@ import torch
 import awq
 from awq import QuantConfig
 from awq.model.quantized import QuantizedCheckpoint
+from awq.pipeline.convert import convert
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
 
@@ -60,3 +61,31 @@ def test_mlx_reads_our_codes_and_computes_our_logits(
     # float16 throughout, 11 bits at each step of six blocks; the logits' standard deviation is 2.6.
     assert float(difference.max()) < 0.15
     assert float(difference.pow(2).mean().sqrt()) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"), [("mixtral", {"num_local_experts": 8}), ("olmoe", {"num_experts": 8})]
+)
+@torch.no_grad()
+def test_mlx_stacks_the_experts_of_our_export(
+    family: str, sizes: dict[str, int], tiny: Any, engine: Callable[..., Any], tmp_path: Path
+) -> None:
+    """mlx-lm stacks experts before it looks at AWQ's layout, so it takes them in its own layout only."""
+    from transformers import AutoModelForCausalLM, AwqConfig
+
+    # All experts for each token: in float16 one near the border between two would go to the other one.
+    heads = {"num_key_value_heads": 4, "num_experts_per_tok": 8}
+    tiny(family, **heads, **sizes).save_pretrained(tmp_path / "model")
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(3, 128, (12, 64), generator=generator)
+    out, mlx = tmp_path / "awq", tmp_path / "mlx"
+    awq.quantize(tmp_path / "model", out, QuantConfig(group_size=64), rows.tolist(), seq_len=64)
+    convert(out, mlx, "mlx")
+    np.save(tmp_path / "ids.npy", rows[:2].numpy())
+    files = [tmp_path / name for name in ("ids.npy", "logits.npy", "weights.npz")]
+    engine("mlx", "mlx_logits.py", tmp_path / "mlx.json", mlx, *files)
+    exact = AwqConfig(backend="torch")
+    ours = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, quantization_config=exact)
+    expected = ours(rows[:2]).logits.numpy()
+    got = np.load(files[1])
+    assert np.abs(got - expected).max() < 0.05 * expected.std()
