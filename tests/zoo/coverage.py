@@ -12,6 +12,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from awq import QuantConfig
 from awq.errors import AwqError
 from awq.model import find_blocks, hidden_of, open_model
+from awq.model.classes import auto_class
 from awq.model.invariance import apply, prove
 from awq.model.quantized import QuantizedCheckpoint
 from awq.pipeline import quantize
@@ -73,7 +75,13 @@ class Row:
     refused: str = ""
 
 
-def measure(model: Any, source: Path, work: Path, fused: tuple[str, str, str] | None = None) -> Row:
+def measure(
+    model: Any,
+    source: Path,
+    work: Path,
+    fused: tuple[str, str, str] | None = None,
+    images: Callable[[int], dict[str, Tensor]] | None = None,
+) -> Row:
     """Take an architecture all the way.
 
     Args:
@@ -81,17 +89,20 @@ def measure(model: Any, source: Path, work: Path, fused: tuple[str, str, str] | 
         source: its checkpoint.
         work: an empty folder for results.
         fused: see `zoo.text.Architecture`.
+        images: makes an input with images from a seed, for models that take some.
     """
     samples = _tokens(24, 40, seed=1)
     try:
         folded = _folded(source, samples)
     except AwqError as error:
         return Row(refused=str(error).replace(f"{source}: ", ""))
-    inputs = torch.stack(_tokens(4, 32, seed=2))
+    inputs: list[dict[str, Any]] = [{"input_ids": torch.stack(_tokens(4, 32, seed=2))}]
+    inputs += [images(9)] if images else []
+    calibration = [*samples, *([images(1), images(2)] if images else [])]
     original = _logits(model, inputs)
     change = _relative(_logits(folded.model, inputs), original)
-    report = quantize(source, work / "awq", CONFIG, samples, device="cpu")
-    quantize(source, work / "rtn", dataclasses.replace(CONFIG, method="rtn"), samples, device="cpu")
+    report = quantize(source, work / "awq", CONFIG, calibration, device="cpu")
+    quantize(source, work / "rtn", dataclasses.replace(CONFIG, method="rtn"), calibration, device="cpu")
     loaded = _logits(_load(work / "awq"), inputs)
     rounded = _logits(_load(work / "rtn"), inputs)
     reference = _logits(_load(_dequantized(work / "awq", work / "plain", model, fused)), inputs)
@@ -108,7 +119,7 @@ def measure(model: Any, source: Path, work: Path, fused: tuple[str, str, str] | 
         floats={name: reason for kind in told for name, reason in kind["skipped"].items()},
         unscaled={name: reason for kind in told for name, reason in kind["unscaled"].items()},
         others={name: holder for kind in told for name, holder in kind["others"].items()},
-        streamed=_relative(folded.output, _last_output(model, folded.last, torch.stack(samples[:2]))),
+        streamed=_relative([folded.output], [_last_output(model, folded.last, torch.stack(samples[:2]))]),
         ratio=_divergence(loaded, original) / _divergence(rounded, original),
         differs=_relative(loaded, reference),
     )
@@ -215,12 +226,12 @@ def fuse(tensors: dict[str, Tensor], gate_up: str, down: str, how: str) -> None:
 
 def _load(folder: Path) -> Any:
     """Through transformers alone, computing in float32; a missing or unexpected key fails."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         config.quantization_config["backend"] = "torch"
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = auto_class(config).from_pretrained(
         folder, config=config, dtype=torch.float32, output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
@@ -233,15 +244,16 @@ def _tokens(rows: int, length: int, seed: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _logits(model: Any, inputs: Tensor) -> Tensor:
-    return model(input_ids=inputs, use_cache=False).logits.float()
+def _logits(model: Any, inputs: list[dict[str, Any]]) -> list[Tensor]:
+    return [model(**given, use_cache=False).logits.float().flatten(0, 1) for given in inputs]
 
 
-def _relative(value: Tensor, reference: Tensor) -> float:
-    return float((value - reference).abs().max() / reference.abs().max())
+def _relative(values: list[Tensor], references: list[Tensor]) -> float:
+    pairs = zip(values, references, strict=True)
+    return max(float((value - other).abs().max() / other.abs().max()) for value, other in pairs)
 
 
-def _divergence(logits: Tensor, original: Tensor) -> float:
+def _divergence(logits: list[Tensor], original: list[Tensor]) -> float:
     """Mean divergence of next-token distributions, in nats."""
-    ours, theirs = logits.double().log_softmax(-1), original.double().log_softmax(-1)
+    ours, theirs = (torch.cat(values).double().log_softmax(-1) for values in (logits, original))
     return float((theirs.exp() * (theirs - ours)).sum(-1).mean())

@@ -9,18 +9,26 @@ from __future__ import annotations
 import re
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
+import torch
+
+from awq.hf import load_float
 from zoo.build import build
 from zoo.coverage import Row, measure
 from zoo.text import TEXT
+from zoo.vision import BUILDERS, image_inputs
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 _BEGIN, _END = "<!-- table: {} -->", "<!-- end of table -->"
 SECTIONS = {
     "dense": [name for name in TEXT if not TEXT[name].mixture],
     "mixtures of experts": [name for name in TEXT if TEXT[name].mixture],
+    "vision and language": [f"{name} (images)" for name in BUILDERS if not name.endswith("_text")],
 }
+# Experts of models that take images, as `zoo.text.Architecture` tells of the others.
+_FUSED = dict.fromkeys(("llama4", "qwen3_vl_moe"), ("experts.gate_up_proj", "experts.down_proj", "columns"))
 HEADER = (
     "architecture",
     "blocks",
@@ -40,6 +48,11 @@ def row_of(name: str) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         source, work = Path(folder) / "source", Path(folder) / "work"
         work.mkdir()
+        if name not in TEXT:
+            known = name.removesuffix(" (images)")
+            BUILDERS[known](source)
+            model = load_float(source, dtype=torch.float32)
+            return measure(model, source, work, _FUSED.get(known), partial(image_inputs, known))
         return measure(build(TEXT[name], source), source, work, TEXT[name].fused)
 
 
