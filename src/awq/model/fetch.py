@@ -103,6 +103,7 @@ class Lazily:
         return self._loaded
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As what is loaded answers."""
         return self._get()(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
