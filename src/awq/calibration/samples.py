@@ -21,7 +21,7 @@ from torch import Tensor
 from awq.calibration.chats import conversation, has_media
 from awq.calibration.inputs import ModelInputs, model_inputs
 from awq.calibration.sources import Documents, open_source
-from awq.errors import CalibrationError, ConfigError, first_line
+from awq.errors import AwqError, CalibrationError, ConfigError, first_line
 
 Sample = Tensor | ModelInputs
 
@@ -38,12 +38,14 @@ class CalibrationSet:
         truncated_tokens: tokens of those documents that are in no sample: cut off with `long="truncate"`, or
             left over in the last document when there were samples enough. 0 for a running text, which is
             sampled and not cut.
+        spare: further samples of text, which are in none of the others.
     """
 
     samples: tuple[Sample, ...]
     source: str
     documents: int
     truncated_tokens: int = 0
+    spare: tuple[Tensor, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -91,6 +93,7 @@ def load_calibration(
     long: Literal["split", "truncate"] = "split",
     seed: int = 42,
     vocab_size: int | None = None,
+    spare: int = 0,
 ) -> CalibrationSet:
     """Make calibration samples.
 
@@ -115,6 +118,7 @@ def load_calibration(
         long: cut a long document in windows (`split`), or keep its beginning (`truncate`).
         seed: of a data set's shuffle; 42 is AutoAWQ's.
         vocab_size: token ids given as such must be below it; by default the tokenizer's size, if it tells.
+        spare: set aside as many further samples of text at most, as far as there are some to be had.
 
     Raises:
         CalibrationError: the source cannot be read, or nothing usable comes of it.
@@ -130,28 +134,35 @@ def load_calibration(
     reader = _Reader(tokenizer, processor, documents, vocab_size)
     if documents.running_text:
         ids = torch.cat([reader.token_ids(item) for item in documents.items])
-        return _of_running_text(ids, samples, seq_len, documents.name)
-    return _of_documents(reader.read(), samples, seq_len, long, documents.name)
+        return _of_running_text(ids, samples, seq_len, documents.name, spare)
+    return _of_documents(reader.read(), samples, seq_len, long, documents.name, spare)
 
 
-def _of_running_text(ids: Tensor, samples: int, seq_len: int, name: str) -> CalibrationSet:
+def _of_running_text(ids: Tensor, samples: int, seq_len: int, name: str, spare: int) -> CalibrationSet:
     """Windows spread evenly over a running text; its shorter tail only where all of it is wanted anyway."""
     if not len(ids):
         raise CalibrationError(f"{name} holds no text; give a file with text in it, or use `bundled`")
     windows = list(ids.split(seq_len))
+    others: list[Tensor] = []
     if len(windows) > samples:
         whole = [window for window in windows if len(window) == seq_len]
-        windows = [whole[i * len(whole) // samples] for i in range(samples)]
+        taken = [i * len(whole) // samples for i in range(samples)]
+        windows = [whole[place] for place in taken]
+        left = sorted(set(range(len(whole))) - set(taken))
+        count = min(spare, len(left))
+        others = [whole[left[i * len(left) // count]].clone() for i in range(count)]
         name = f"{name} (windows spread evenly over {len(ids):,} tokens)"
-    return CalibrationSet(tuple(window.clone() for window in windows), name, documents=1)
+    return CalibrationSet(tuple(window.clone() for window in windows), name, documents=1, spare=tuple(others))
 
 
 def _of_documents(
-    documents: Iterable[Sample], samples: int, seq_len: int, long: str, name: str
+    documents: Iterable[Sample], samples: int, seq_len: int, long: str, name: str, spare: int
 ) -> CalibrationSet:
     """Windows of one document after another until there are enough; inputs with images count by rows."""
     found: list[Sample] = []
+    left: tuple[Tensor, ...] = ()
     used = dropped = count = 0
+    documents = iter(documents)
     for document in documents:
         if not len(document):
             continue
@@ -164,12 +175,31 @@ def _of_documents(
             kept = windows[: 1 if long == "truncate" else samples - count]
             dropped += len(document) - sum(len(window) for window in kept)
             found += [window.clone() for window in kept]
+            left = windows[len(kept) :]
             count += len(kept)
         if count >= samples:
             break
     if not found:
         raise CalibrationError(f"{name}: no document holds any text; give some, or use `bundled`")
-    return CalibrationSet(tuple(found), f"{_count(used, 'document')} of {name}", used, dropped)
+    others = _further(left, documents, seq_len, spare)
+    return CalibrationSet(tuple(found), f"{_count(used, 'document')} of {name}", used, dropped, others)
+
+
+def _further(
+    left: Iterable[Tensor], documents: Iterator[Sample], seq_len: int, count: int
+) -> tuple[Tensor, ...]:
+    """Windows of what is left of a document, then the beginnings of those behind it, as far as they go."""
+    out = [window.clone() for window in left][:count]
+    try:
+        while len(out) < count:
+            document = next(documents)
+            if isinstance(document, ModelInputs):
+                break
+            if len(document):
+                out.append(document[:seq_len].clone())
+    except (StopIteration, AwqError):
+        pass  # a bad row behind those that are needed hurts nobody
+    return tuple(out)
 
 
 class _Reader:

@@ -16,6 +16,9 @@ from awq.cli.common import check_target, console, quiet_libraries, write_json
 if TYPE_CHECKING:
     from awq.pipeline import BlockReport, Plan, Report
 
+# How a verdict looks.
+_STYLES = {"excellent": "bold green", "good": "green", "poor": "bold yellow", "unknown": "yellow"}
+
 
 def command(
     model: Annotated[str, typer.Argument(help="Folder with safetensors weights, or a hub name.")],
@@ -48,6 +51,7 @@ def command(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of float tensors: auto, float16, bfloat16.")] = "auto",
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens run at once.")] = None,
+    verify: Annotated[bool, typer.Option(help="Compare what is saved with the original at the end.")] = True,
     report: Annotated[str | None, typer.Option(help="Also write the report, with timings, here.")] = None,
     json: Annotated[str | None, typer.Option(help="The same as --report; - for stdout.")] = None,
     overrides: Annotated[
@@ -93,6 +97,7 @@ def command(
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             overrides=overrides,
+            verify=verify,
             progress=display,
         )
     print_result(out_console, out, result)
@@ -193,8 +198,11 @@ def print_result(out: Console, folder: str, report: Report) -> None:
     seconds = report.seconds
     out.print(
         f"Done in {seconds['total']:.1f} s (forward passes {seconds.get('forward', 0):.1f} s, "
-        f"search {seconds.get('search', 0):.1f} s); peak memory {size(report.peak_bytes)}."
+        f"search {seconds.get('search', 0):.1f} s, comparison {seconds.get('verify', 0):.1f} s); "
+        f"peak memory {size(report.peak_bytes)}."
     )
+    if report.verdict is not None:
+        out.print(report.verdict.sentence, style=_STYLES[report.verdict.grade])
     out.print(f"{folder} holds {size(report.plan.output_bytes)} of weights and awq_report.json.")
 
 

@@ -53,6 +53,12 @@ class Skeleton:
         return int(embeddings().weight.shape[0])
 
     @property
+    def context(self) -> int | None:
+        """Most tokens that the model is made for; None where its configuration does not tell."""
+        found = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return found if isinstance(found, int) else None
+
+    @property
     def placeholders(self) -> Tensor:
         """Ids of the tokens that stand for images, sounds and the like, int64 `[n]`."""
         named = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from awq.pipeline.writer import write_json as write_json
 
@@ -65,12 +65,48 @@ class BlockReport:
         return f"{self.name}: {chosen}, {share:.0%} of plain rounding's error, {self.total_seconds:.1f} s"
 
 
+Grade = Literal["excellent", "good", "poor", "broken", "unknown"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the saved checkpoint is like.
+
+    Args:
+        grade: `excellent`, `good`, `poor` (the sentence names the layers to look at), `broken` (NaN or
+            infinity), or `unknown` (the sentence says why nothing could be compared).
+        sentence: for a person.
+        text: which text was used.
+        kl, top1, rise: see `awq.evaluate.Divergence`, with their standard errors.
+        perplexity, original_perplexity: of the checkpoint and of the original, and standard errors.
+        tokens: tokens scored.
+        blocks: see `awq.pipeline.verify.Measured`.
+    """
+
+    grade: Grade
+    sentence: str
+    text: str = ""
+    kl: float | None = None
+    kl_stderr: float | None = None
+    top1: float | None = None
+    top1_stderr: float | None = None
+    perplexity: float | None = None
+    perplexity_stderr: float | None = None
+    original_perplexity: float | None = None
+    original_perplexity_stderr: float | None = None
+    rise: float | None = None
+    rise_stderr: float | None = None
+    tokens: int = 0
+    blocks: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """A finished run.
 
     `seconds` has `total`, `prepare` (opening, calibration text, preflight), `forward` (statistics), `search`
-    (scales, ranges, codes, and judging them) and `write`.
+    (scales, ranges, codes, and judging them), `write`, and `verify` (comparing what is saved with the
+    original). `verdict` is None where that was not asked for.
     """
 
     plan: Plan
@@ -78,12 +114,14 @@ class Report:
     blocks: list[BlockReport]
     seconds: dict[str, float]
     peak_bytes: int
+    verdict: Verdict | None = None
 
     def to_dict(self, timings: bool = True) -> dict[str, Any]:
         """As JSON values. Without timings the same run always gives the same report."""
         plan = dataclasses.asdict(self.plan)
         blocks = [{"name": block.name, **block.outcome} for block in self.blocks]
         out: dict[str, Any] = {"config": self.config, "plan": plan, "blocks": blocks}
+        out["verdict"] = None if self.verdict is None else dataclasses.asdict(self.verdict)
         if timings:
             out["seconds"] = self.seconds
             out["peak_bytes"] = self.peak_bytes

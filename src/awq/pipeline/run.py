@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from awq.calibration import CalibrationSet, load_calibration
+from awq.calibration import WINDOWS, CalibrationSet, HeldOut, held_out, load_calibration
 from awq.config import QuantConfig
-from awq.errors import ConfigError, OutputExistsError, WeightError
+from awq.errors import ConfigError, EvaluationError, OutputExistsError, WeightError
 from awq.formats import get_format
 from awq.model import Skeleton, find_blocks, open_model, pick_device
 from awq.model.fetch import Lazily, load_processor, load_tokenizer, resolve
@@ -25,7 +25,7 @@ from awq.model.overrides import Overrides
 from awq.pipeline.block import BlockResult, holding, make_judge, quantize_block, report_of
 from awq.pipeline.discover import discover, float32_by_default, matmul_precision
 from awq.pipeline.feed import Feed
-from awq.pipeline.finish import cast, finish
+from awq.pipeline.finish import REPORT_NAME, cast, finish
 from awq.pipeline.journal import Journal, check_output, lock, open_journal, recognise, taken
 from awq.pipeline.memory import batch_tokens_for, peak_memory, surrounding_bytes
 from awq.pipeline.observe import Batch, Seen, coverage_of, measure
@@ -39,9 +39,10 @@ from awq.pipeline.preflight import (
     require_scales,
     scale_dtype,
 )
-from awq.pipeline.report import BlockReport, Plan, Progress, Report, Silent
+from awq.pipeline.report import BlockReport, Plan, Progress, Report, Silent, write_json
 from awq.pipeline.skipped import left_float, not_converted
 from awq.pipeline.tune import tune
+from awq.pipeline.verdict import verdict_on
 from awq.pipeline.writer import DEFAULT_SHARD_BYTES, ShardWriter
 from awq.search import Codes
 from awq.weight import QuantizedWeight
@@ -66,6 +67,7 @@ def quantize(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     overrides: Overrides | Mapping[str, Any] | str | Path | None = None,
+    verify: bool = True,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize a model folder to a new folder.
@@ -90,9 +92,11 @@ def quantize(
         overwrite: replace a checkpoint, or unfinished work, in `out`.
         trust_remote_code: run modelling code that comes with the model.
         overrides: what is known better about this model: a TOML or JSON file, or what it holds.
+        verify: compare what is saved with the original at the end, on text that calibration did not see.
         progress: told about the plan and each block.
 
     Raises:
+        EvaluationError: the comparison found NaN or infinity; the checkpoint and its report are there.
         AwqError: see `awq.errors`; all but a full disk is found before any work is done.
     """
     from transformers import ProcessorMixin
@@ -117,20 +121,25 @@ def quantize(
     processor = None
     if isinstance(tokenizer, ProcessorMixin):
         processor, tokenizer = tokenizer, tokenizer.tokenizer
+    tokenizer = tokenizer or Lazily(load_tokenizer, run.folder, trust_remote_code)
     calibration = load_calibration(
         calib,
-        tokenizer or Lazily(load_tokenizer, run.folder, trust_remote_code),
+        tokenizer,
         processor=processor or Lazily(load_processor, run.folder, trust_remote_code),
         samples=samples,
         seq_len=seq_len,
         split=split,
         text_column=text_column,
         vocab_size=skeleton.vocabulary,
+        spare=WINDOWS if verify else 0,
     )
+    text = partial(held_out, calib, calibration, tokenizer, skeleton.vocabulary, skeleton.context)
     skeleton.reader.check_finite()
     threads = torch.get_num_threads()
     try:
-        return run.go(skeleton, calibration, batch_tokens, max_shard_bytes, overwrite)
+        return run.go(
+            skeleton, calibration, batch_tokens, max_shard_bytes, overwrite, text if verify else None
+        )
     finally:
         torch.set_num_threads(threads)
 
@@ -186,8 +195,9 @@ class _Run:
         batch_tokens: int | None,
         max_shard_bytes: int,
         overwrite: bool,
+        text: Callable[[], HeldOut | None] | None,
     ) -> Report:
-        """Plan, then work through the blocks."""
+        """Plan, work through the blocks, and judge what is saved on a text, if one is given."""
         list_name, blocks = find_blocks(skeleton.model, self.overrides.blocks)
         settings = self._settings(skeleton, calibration, batch_tokens, max_shard_bytes)
         unfinished = check_output(self.out, settings, overwrite)
@@ -261,8 +271,30 @@ class _Run:
                 report = Report(plan, self.config.to_dict(), reports, self.seconds, peak_memory(self.device))
                 named = not_converted(skeleton, list_name, skipped, plan.quantized)
                 finish(skeleton, files, writer, journal, self.out, self.config, named, report)
-                journal.close()
+            if text is not None:
+                del feed  # its hidden states may be larger than all that follows
+                report = self._verified(skeleton, list_name, calibration, text, report)
+            journal.close()
         self.seconds["total"] = time.perf_counter() - self.started
+        if report.verdict is not None and report.verdict.grade == "broken":
+            raise EvaluationError(f"{self.out}: {report.verdict.sentence}")
+        return report
+
+    def _verified(
+        self,
+        skeleton: Skeleton,
+        list_name: str,
+        calibration: CalibrationSet,
+        text: Callable[[], HeldOut | None],
+        report: Report,
+    ) -> Report:
+        """The same report with a verdict, which is also on disk. The checkpoint is complete before it."""
+        with self._timed("verify"):
+            verdict = verdict_on(
+                self.out, skeleton, list_name, text, report, self.config, calibration, self.device
+            )
+            report = dataclasses.replace(report, verdict=verdict, peak_bytes=peak_memory(self.device))
+            write_json(self.out / REPORT_NAME, report.to_dict(timings=False))
         return report
 
     def _settings(
