@@ -152,9 +152,7 @@ def empty_layers(fused: nn.Module, parts: Mapping[str, Part]) -> list[dict[str, 
         experts, rows, columns = part.measures(parameter.shape)
         for number in range(experts):
             for projection in part.projections:
-                layer = nn.utils.skip_init(
-                    nn.Linear, columns, rows, False, device="meta", dtype=parameter.dtype
-                )
+                layer = nn.Linear(columns, rows, False, device="meta", dtype=parameter.dtype)
                 layer.weight.requires_grad_(False)
                 layers.setdefault(number, {})[projection] = layer
     return [layers[number] for number in range(len(layers))]

@@ -213,8 +213,8 @@ class _Run:
         require_layers(kind_of_block, self.config, blocks)
         idle = require_scales(kind_of_block, self.config)
         quantized = {
-            skeleton.keys[f"{list_name}.{i}.{name}.weight"]: linears_of(block)[name]
-            for i, block in enumerate(blocks)
+            skeleton.keys[f"{list_name}.{i}.{name}.weight"]: linears[name]
+            for i, linears in enumerate(map(linears_of, blocks))
             for name in kind_of_block[i].layers
         }
         files = plan_files(skeleton, list_name, quantized, self.config, max_shard_bytes)
