@@ -63,6 +63,7 @@ def test_the_processor_comes_along(model: Path, quantized: Path) -> None:
 def test_inspecting_shows_the_text_decoder(model: Path, quantized: Path, awq: Any) -> None:
     shown = awq("inspect", model, "--group-size", "32").out
     assert "LlavaForConditionalGeneration, 2 blocks in model.language_model.layers" in shown
+    assert "vision_tower.encoder.layers.*.mlp.fc1 (x 2)" in shown
     shown = awq("inspect", quantized).out
     assert "vision_tower" in shown and "14" in shown
 

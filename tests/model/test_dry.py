@@ -162,6 +162,12 @@ def _sharing_an_object(layers: Any, hidden: Tensor, more: dict[str, Any]) -> Non
         hidden = layer(hidden, **more, memory=memory)
 
 
+def _passing_over(layers: Any, hidden: Tensor, more: dict[str, Any]) -> None:
+    """Llama 3.2's blocks for images do not run on text."""
+    for layer in (layers[0], layers[2]):
+        hidden = layer(hidden, **more)
+
+
 def _running_thrice(layers: Any, hidden: Tensor, more: dict[str, Any]) -> None:
     for layer in [*list(layers)[:2], *list(layers)[:2], layers[2]]:
         hidden = layer(hidden, **more)
@@ -174,6 +180,7 @@ def _running_thrice(layers: Any, hidden: Tensor, more: dict[str, Any]) -> None:
         (_remembering, r"block 1 of LlamaForCausalLM is given an argument \(first\) that depends on"),
         (_backwards, r"blocks were called in the order \[1, 0, 2\]"),
         (_sharing_an_object, r"blocks 0 and 1 of LlamaForCausalLM share an object \(Memory\)"),
+        (_passing_over, "block 1 does not run on every input"),
         (_running_thrice, r"blocks were called in the order \[0, 1, 0, 1, 2\]"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -10,6 +11,8 @@ from typing import Any
 from rich.text import Text
 from rich.tree import Tree
 
+# Numbers for which a star stands where lines are alike: those of experts, and any in a name.
+_EXPERT, _ANY_NUMBER = r"(?<=\bexperts\.)\d+(?=\.)", r"(?<=\.)\d+(?=\.)"
 _RULES = {
     "factor": "",
     "one_plus": " (a norm that applies 1 + w)",
@@ -32,7 +35,8 @@ def structure_tree(model: str, value: Mapping[str, Any]) -> Tree:
         _add_layers(branch, "quantized without a scale", kind["unscaled"], "yellow")
         _add_layers(branch, "stays float", kind["skipped"], "yellow")
         _add_layers(branch, "stays as it is", kind["others"], "dim")
-    _add_layers(tree, "outside the blocks, stays float", dict.fromkeys(value["outside"], ""), "dim")
+    outside = dict.fromkeys(value["outside"], "")
+    _add_layers(tree, "outside the blocks, stays float", outside, "dim", _ANY_NUMBER)
     return tree
 
 
@@ -46,10 +50,16 @@ def _add_folds(branch: Tree, kind: Mapping[str, Any]) -> None:
         readers = Counter(dict(found))
         worst = max(fold["change"] for fold in folds)
         line = f"{producer}{_times(len(folds))} scales {channels} channels{_RULES[rule]}: "
-        line += f"proved to {worst:.0e}" if proved else f"dropped, the output would change by {worst:.0e}"
+        line += f"proved to {worst:.0e}" if proved else _dropped(worst)
         fold_branch = branch.add(Text(line, style="green" if proved else "red"))
         for reader, count in readers.items():
             fold_branch.add(f"{reader}{_times(count)}")
+
+
+def _dropped(change: float) -> str:
+    if math.isfinite(change):
+        return f"dropped, the output would change by {change:.0e}"
+    return "dropped, layers that did not run, or that blocks share, may have part in it"
 
 
 def _reader(name: str, kind: Mapping[str, Any]) -> str:
@@ -58,17 +68,20 @@ def _reader(name: str, kind: Mapping[str, Any]) -> str:
     return name + (f"  {shape}" if shape else "") + ("  stays float" if name in kind["skipped"] else "")
 
 
-def _add_layers(branch: Tree, heading: str, layers: Mapping[str, str], style: str) -> None:
-    lines = Counter(_starred(f"{name}: {reason}" if reason else name) for name, reason in layers.items())
+def _add_layers(
+    branch: Tree, heading: str, layers: Mapping[str, str], style: str, alike: str = _EXPERT
+) -> None:
+    named = (f"{name}: {reason}" if reason else name for name, reason in layers.items())
+    lines = Counter(_starred(line, alike) for line in named)
     if lines:
         part = branch.add(Text(heading, style=style))
         for text, count in lines.items():
             part.add(f"{text}{_times(count)}")
 
 
-def _starred(text: str) -> str:
-    """`text` with a star in the place of an expert's number."""
-    return re.sub(r"\bexperts\.\d+\.", "experts.*.", text)
+def _starred(text: str, number: str = _EXPERT) -> str:
+    """`text` with a star in the place of an expert's number, or of another."""
+    return re.sub(number, "*", text)
 
 
 def _times(count: int) -> str:

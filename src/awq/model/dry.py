@@ -252,10 +252,15 @@ class _Recording:
         with standing_in, contextlib.suppress(_Stop), AllThere():
             self.model(**place(batch, self.device), use_cache=False)
         shapes = {tuple(hidden.shape) for hidden in log.received}
-        if [call[0] for call in log.calls] != list(range(len(members))):
+        order = [call[0] for call in log.calls]
+        skipped = sorted(set(range(len(members))) - set(order))
+        if order and skipped and order == sorted(set(order)):
             raise StructureError(
-                f"{len(members)} blocks were called in the order {[c[0] for c in log.calls]}"
+                f"block {skipped[0]} does not run on every input; a model that passes over blocks cannot be "
+                "quantized block by block"
             )
+        if order != list(range(len(members))):
+            raise StructureError(f"{len(members)} blocks were called in the order {order}")
         (shape, *others) = shapes
         if others or len(shape) < 3 or log.received[0].is_meta:
             raise StructureError(f"blocks were called on hidden states of shapes {shapes}")
