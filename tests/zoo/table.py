@@ -28,7 +28,10 @@ SECTIONS = {
     "vision and language": [f"{name} (images)" for name in BUILDERS if not name.endswith("_text")],
 }
 # Experts of models that take images, as `zoo.text.Architecture` tells of the others.
-_FUSED = dict.fromkeys(("llama4", "qwen3_vl_moe"), ("experts.gate_up_proj", "experts.down_proj", "columns"))
+_FUSED = {
+    "llama4": ("experts.gate_up_proj", "experts.down_proj", "columns"),
+    "qwen3_vl_moe": ("experts.gate_up_proj", "experts.down_proj", "rows"),
+}
 HEADER = (
     "architecture",
     "blocks",
