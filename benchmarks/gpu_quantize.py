@@ -53,6 +53,7 @@ def main() -> None:
             samples=options.samples,
             seq_len=options.seq_len,
             device=options.device,
+            verify=False,
         )
     table = Table(title=f"{options.blocks} blocks of {options.hidden}/{options.wide} on {report.plan.device}")
     for column in ("block", "forward s", "search s", "total s", "chosen"):

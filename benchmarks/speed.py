@@ -42,6 +42,7 @@ def main() -> None:
                         samples,
                         samples=len(samples),
                         seq_len=subject.window,
+                        verify=False,
                     )
                 rounds.append({key: (theirs[key], report.seconds[key]) for key in ("search", "total")})
             table = Table(title=f"{subject.name} W{bits} g{group_size}: median seconds of {len(rounds)}")

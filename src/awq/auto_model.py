@@ -177,7 +177,7 @@ class AWQModel(FolderModel):
             quantizer_cls: must be AutoAWQ's own class, or a derived one that only has `init_quant`, which
                 is not called: the search cannot be replaced.
             **kwargs: `modules_to_not_convert`, and further arguments of `awq.quantize` (`device`, `progress`,
-                `max_shard_bytes`, …).
+                `verify`, `max_shard_bytes`, …).
 
         Raises:
             AwqError: see `awq.quantize`.
@@ -208,7 +208,8 @@ class AWQModel(FolderModel):
         version = take_version(settings)
         if export_compatible:
             self._quantize_again = partial(self._run, run, settings, version)
-            self._run(run, settings, "folded")
+            # An intermediate result, of which nothing is rounded.
+            self._run(partial(run, verify=False), settings, "folded")
             self._quant_config = dataclasses.replace(self.quant_config, version=version)
         else:
             self._run(run, settings, version)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import awq
 from awq.errors import AwqError
+from awq.evaluate import compare
 from awq.hf import load_float, load_quantized
 from awq.model.quantized import QuantizedCheckpoint
 from awq.pipeline.preflight import discover_kind
@@ -220,3 +221,15 @@ def test_nothing_is_folded_that_a_layer_which_did_not_run_may_read(
     kind = discover_kind(block, lambda: block(long), lambda: block(single), config, frozenset())
     assert [proof.holds for proof in kind.proofs] == [proved]
     assert ("image" in kind.skipped) == (not images)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma4"])
+def test_the_verdict_is_on_text(name: str, tmp_path: Path) -> None:
+    model, out = BUILDERS[name](tmp_path / "model"), tmp_path / "out"
+    verdict = awq.quantize(model, out, awq.QuantConfig(**QUICK), mixed(name)).verdict
+    assert verdict is not None
+    loaded = load_quantized(out, dtype=torch.float32, kernel="torch")
+    original = load_float(model, dtype=torch.float32)
+    expected = compare(loaded, original, [torch.tensor(row) for row in texts()], window=64)
+    assert verdict.kl == pytest.approx(expected.kl, rel=1e-3)
+    assert verdict.perplexity == pytest.approx(expected.perplexity.value, rel=1e-3)

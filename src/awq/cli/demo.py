@@ -71,6 +71,7 @@ def _quantize(
                 samples=samples,
                 seq_len=_SEQ_LEN,
                 overwrite=overwrite,
+                verify=False,  # both are judged together afterwards, at length
                 progress=display,
             )
 

@@ -135,7 +135,7 @@ class Display:
             transient=True,
         )
         self._task: Any = None
-        self._started, self._done_before = 0.0, 0
+        self._started, self._done_before, self._blocks = 0.0, 0, 0
 
     def __enter__(self) -> Display:
         return self
@@ -147,6 +147,7 @@ class Display:
         """Print the preflight and start the bar."""
         print_plan(self._out, plan)
         self._started, self._done_before = self._bar.get_time(), plan.resumed_at
+        self._blocks = plan.blocks
         self._task = self._bar.add_task("quantizing", total=plan.blocks, completed=plan.resumed_at)
         self._bar.start()
 
@@ -156,6 +157,8 @@ class Display:
         now, done = self._bar.get_time(), number + 1
         pace = (now - self._started) / (done - self._done_before)
         self._bar.update(self._task, completed=done, pace=pace, since=now)
+        if done == self._blocks:
+            self._bar.update(self._task, description="writing the rest, comparing with the original")
 
     def note(self, message: str) -> None:
         """Print a line above the bar."""
