@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSpeechSeq2Seq,
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
@@ -19,10 +18,9 @@ from transformers import (
 from autoawq_calls import PROMPT, QUANT_CONFIG, SMALL, TEXTS, config_of
 from awq import AutoAWQForCausalLM
 from awq.auto_model import AWQModel
-from awq.errors import CalibrationError, ConfigError
+from awq.errors import AwqError, CalibrationError, ConfigError
 from awq.legacy.config import AwqConfig
 from awq.model.quantized import QuantizedCheckpoint
-from awq.nn import QuantLinear
 
 _WHISPER = {"layers": 2, "attention_heads": 2, "ffn_dim": 64}
 pytestmark = pytest.mark.usefixtures("unanswered")
@@ -134,35 +132,14 @@ def test_the_mixtral_example_s_gate_is_the_router_and_no_part_of_the_experts(
     assert not [name for name in layers if name.endswith("gate")]
 
 
-def test_the_whisper_example_quantizes_the_decoder_and_the_rest_is_as_it_was(
-    token_lists: Any, tmp_path: Path
-) -> None:
+def test_the_whisper_example_is_answered_in_a_sentence(token_lists: Any, tmp_path: Path) -> None:
     sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in _WHISPER.items()}
-    config = WhisperConfig(
-        d_model=64, vocab_size=128, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes
-    )
-    torch.manual_seed(0)
-    original = WhisperForConditionalGeneration(config).eval()
-    original.save_pretrained(tmp_path / "model")
+    config = WhisperConfig(d_model=64, vocab_size=128, pad_token_id=0, bos_token_id=1, **sizes)
+    WhisperForConditionalGeneration(config).save_pretrained(tmp_path / "model")
     model = AutoAWQForCausalLM.from_pretrained(str(tmp_path / "model"), use_cache=False)
-    model.quantize(
-        None,
-        quant_config={**QUANT_CONFIG, "q_group_size": 32},
-        modules_to_not_convert=["encoder_attn", "encoder"],
-        calib_data=token_lists,
-    )
-    model.save_quantized(str(tmp_path / "out"))
-    loaded = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "out")
-    assert isinstance(loaded.model.decoder.layers[0].self_attn.q_proj, QuantLinear)
-    assert type(loaded.model.decoder.layers[0].encoder_attn.q_proj) is torch.nn.Linear
-    assert type(loaded.model.encoder.layers[0].self_attn.q_proj) is torch.nn.Linear
-    sound = {"input_features": torch.randn(1, 80, 3000), "decoder_input_ids": torch.tensor([[1, 5, 9]])}
-    with torch.no_grad():
-        heard, expected = (
-            loaded(**sound).encoder_last_hidden_state,
-            original(**sound).encoder_last_hidden_state,
-        )
-    assert torch.equal(heard, expected)
+    skip = ["encoder_attn", "encoder"]
+    with pytest.raises(AwqError, match=r"an encoder with a decoder .* only decoders are quantized"):
+        model.quantize(None, QUANT_CONFIG, token_lists, modules_to_not_convert=skip)
 
 
 # marlin_quant.py

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import transformers
 
 import awq
 from awq.hf import load_float, load_quantized
@@ -26,6 +28,10 @@ _ZAMBA = {
 _IDS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.skipif(
+    transformers.__version__.startswith("5.16."),
+    reason="transformers 5.16 ties the adapters of a Zamba 2 that it loads to layers of other shapes",
+)
 @torch.no_grad()
 def test_shared_weights_stay_as_they_are_for_all_blocks(tiny: Any, tmp_path: Path) -> None:
     tiny("zamba2", **_ZAMBA).save_pretrained(tmp_path / "model")
