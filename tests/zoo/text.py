@@ -61,6 +61,15 @@ _DELTA: dict[str, Any] = {
     "linear_num_key_heads": 4,
     "linear_num_value_heads": 8,
 }
+_MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_ssm": 128,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 1,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 8,
+}
 _NO_HEAD_DIM = ("head_dim",)
 
 
@@ -183,6 +192,20 @@ TEXT: dict[str, Architecture] = {
     "seed_oss": Architecture("seed_oss"),
     "internlm3": Architecture("internlm3"),
     "qwen3_5": Architecture("qwen3_5_text", _DELTA),
+    "mamba": Architecture("mamba", {"state_size": 16}),
+    "falcon_h1": Architecture("falcon_h1", _MAMBA),
+    "granitemoehybrid": Architecture(
+        "granitemoehybrid",
+        {
+            **_MAMBA,
+            "layer_types": ["mamba", "attention"],
+            "num_local_experts": 0,
+            "shared_intermediate_size": 128,
+        },
+    ),
+    "recurrent_gemma": Architecture(
+        "recurrent_gemma", {"lru_width": 64, "block_types": ["recurrent", "attention"]}
+    ),
     "apertus": Architecture("apertus"),
     "arcee": Architecture("arcee"),
     "biogpt": Architecture("biogpt"),
@@ -200,6 +223,25 @@ TEXT: dict[str, Architecture] = {
     "persimmon": Architecture("persimmon", {"partial_rotary_factor": 0.5}),
     "vaultgemma": Architecture("vaultgemma", {**_MIXED, "query_pre_attn_scalar": 16}),
     # Mixtures of experts.
+    "lfm2_moe": Architecture(
+        "lfm2_moe",
+        {**_EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+        mixture=True,
+    ),
+    "jamba": Architecture(
+        "jamba",
+        {
+            **_EXPERTS,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 8,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "use_mamba_kernels": False,
+        },
+        mixture=True,
+    ),
     "llama4": Architecture(
         "llama4_text",
         {
