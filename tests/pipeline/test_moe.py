@@ -16,6 +16,7 @@ from awq.model.blocks import BlockCall
 from awq.model.experts import Experts, parts_of
 from awq.model.groups import Structure
 from awq.model.unfuse import empty_layers
+from awq.pipeline.convert import write_plain
 from awq.pipeline.observe import Batch, measure
 from awq.pipeline.run import quantize
 
@@ -138,6 +139,22 @@ def test_a_folded_model_of_experts_keeps_its_output_where_nothing_is_clipped(
     ids = torch.tensor(samples[:4])
     expected = model(ids).logits
     assert (folded(ids).logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("family", ["granitemoe", "llama4_text", "gpt_oss", "qwen3_moe"])
+@torch.no_grad()
+def test_plain_weights_of_quantized_experts_load_in_transformers_alone(
+    family: str, tiny: Any, samples: list[list[int]], tmp_path: Path
+) -> None:
+    model = saved(tiny, family, tmp_path / "model")
+    run(tmp_path / "model", tmp_path / "out", samples, method="rtn")
+    write_plain(tmp_path / "out", tmp_path / "plain", torch.float32)
+    kind = type(model)
+    plain, told = kind.from_pretrained(tmp_path / "plain", dtype=torch.float32, output_loading_info=True)
+    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    quantized: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **EXACT)
+    ids = torch.tensor(samples[:2])
+    torch.testing.assert_close(plain(ids).logits, quantized(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ Codes for what is neither are refused: left alone, transformers would initialise
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +18,7 @@ from awq.errors import LoadError
 from awq.formats import get_format
 from awq.model.conv1d import as_linear
 from awq.model.experts import Part, parts_of
+from awq.model.fuse import expert_place
 from awq.model.names import Merge, match_names
 from awq.model.unfuse import by_owner, expert_of, put
 from awq.model.weights import FLOAT_DTYPES, TensorInfo
@@ -90,7 +90,7 @@ def replace_layers(model: nn.Module, stored: Stored) -> list[str]:
     apart: dict[str, dict[tuple[int, str], str]] = {}
     for name, key in named.items():
         path, stem = name.removesuffix(".weight"), key.removesuffix(".weight")
-        expert = _expert_names(model, path)
+        expert = expert_place(model, path)
         if expert is not None:
             owner, number, projection = expert
             apart.setdefault(owner, {})[number, projection] = stem
@@ -184,18 +184,6 @@ def _filled(
         extra = next(iter(stems.values()))
         raise LoadError(f"the checkpoint holds codes for {extra}, but {owner} has {len(layers)} experts")
     return QuantExperts(fused, parts, [layers[number] for number in range(len(layers))])
-
-
-def _expert_names(model: nn.Module, path: str) -> tuple[str, int, str] | None:
-    """Owner, number and projection, when `path` names a projection of an expert that the model keeps fused
-    and transformers has no rule for."""
-    head, _, projection = path.rpartition(".")
-    owner, _, number = head.rpartition(".")
-    with contextlib.suppress(AttributeError):
-        parts = parts_of(model.get_submodule(owner)) or {}
-        if number.isdigit() and any(projection in part.projections for part in parts.values()):
-            return owner, int(number), projection
-    return None
 
 
 def _untie(model: Any, replaced: list[str]) -> None:

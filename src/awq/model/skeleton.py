@@ -142,7 +142,7 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> Skeleton:
         )
     reader = CheckpointReader(folder)
     _refuse_unread_code(folder, raw, trust_remote_code)
-    config, model = _build(folder, trust_remote_code)
+    config, model = build(folder, trust_remote_code)
     keys, merges = match_names(model, reader.tensors)
     converted = unfuse(model, keys, merges, reader)
     if converted:
@@ -169,7 +169,12 @@ def _refuse_unread_code(folder: Path, raw: dict[str, Any], trust_remote_code: bo
     )
 
 
-def _build(folder: Path, trust_remote_code: bool) -> tuple[Any, nn.Module]:
+def build(folder: Path, trust_remote_code: bool) -> tuple[Any, nn.Module]:
+    """The configuration in a folder, and its model with parameters on the meta device.
+
+    Raises:
+        StructureError: transformers cannot make it, or it is no decoder.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoConfig
 

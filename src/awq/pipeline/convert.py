@@ -20,6 +20,7 @@ from awq.formats.detect import entry_for
 from awq.formats.layout import exact_scales
 from awq.model.conv1d import conv1d_layers
 from awq.model.fetch import resolve
+from awq.model.fuse import Whole, experts_to_fuse
 from awq.model.quantized import OLD_CONFIGS, Layer, QuantizedCheckpoint
 from awq.model.weights import FLOAT_DTYPES
 from awq.pipeline.finish import INDEXES, cast, copy_files
@@ -145,9 +146,12 @@ class _Job:
         # MLX computes in the scales' dtype, and wants every float tensor in it.
         self.dtype = self._scales_dtype(next(iter(source.layers.values()))) if to == "mlx" else dtype
         self.group_size = self._group_size()
+        wholes = experts_to_fuse(source.folder, source.layers) if to == "float" else []
+        self.whole_of = {name: whole for whole in wholes for name in whole.members}
         self.symmetric = True  # until a zero point is seen that is not the middle code
-        # Either a tensor that is copied, by its key, or a layer at the place of its first tensor.
-        self.items: list[str | Layer] = []
+        # A tensor that is copied, by its key; a layer, at the place of its first tensor; or many layers, at
+        # that of the first.
+        self.items: list[str | Layer | Whole] = []
         unused = sorted(source.reader.unused)
         self.shards = plan_shards(self._plan(), max_shard_bytes, unused, "mlx" if to == "mlx" else "pt")
 
@@ -178,6 +182,12 @@ class _Job:
                 dtype = self._copy_dtype(info.dtype)
                 plain = TensorPlan(key, info.dtype, info.shape, info.bytes)
                 yield tensor_plan(key, dtype, info.shape) if dtype else plain
+            elif layer.name in self.whole_of:
+                whole = self.whole_of[layer.name]
+                if whole.name not in seen:
+                    seen.add(whole.name)
+                    self.items.append(whole)
+                    yield tensor_plan(whole.name, self._scales_dtype(layer), whole.shape)
             elif layer.name not in seen:
                 seen.add(layer.name)
                 self.items.append(layer)
@@ -205,11 +215,23 @@ class _Job:
                 dtype = self._copy_dtype(self.source.reader.tensors[item].dtype)
                 yield item, cast(tensor, dtype, item) if dtype else tensor
                 continue
-            for suffix, tensor in self._packed(item).items():
-                yield f"{item.name}.{suffix}", tensor
-            done += 1
+            if isinstance(item, Whole):
+                yield item.name, self._joined(item)
+                done += len(item.members)
+            else:
+                for suffix, tensor in self._packed(item).items():
+                    yield f"{item.name}.{suffix}", tensor
+                done += 1
             if self.progress:
                 self.progress(done, count)
+
+    def _joined(self, whole: Whole) -> Tensor:
+        """The plain weights of all experts of a layer, in one tensor."""
+        first = self.source.layers[next(iter(whole.members))]
+        out = torch.empty(whole.shape, dtype=self._scales_dtype(first))
+        for name, view in whole.members.items():
+            view.place(out, self._packed(self.source.layers[name])["weight"])
+        return out
 
     def _packed(self, layer: Layer) -> dict[str, Tensor]:
         dtype = self._scales_dtype(layer)
