@@ -164,12 +164,12 @@ def _advice(
     ways = []
     if config.bits < 4:
         ways.append("4 bits (--bits 4)")
+    if config.method == "rtn":
+        ways.append("--method awq")
     if config.group_size == -1 or config.group_size > 32:
         smaller = 128 if config.group_size == -1 else config.group_size // 2
         ways.append(f"smaller groups (--group-size {smaller})")
-    if config.method == "rtn":
-        ways.append("--method awq")
-    elif not config.tune:
+    if config.method != "rtn" and not config.tune:
         ways.append("--preset best")
     if samples < 128:
         ways.append("more calibration samples (--samples 128)")
