@@ -1,4 +1,7 @@
-"""Decoding with a random Llama of 8B shapes, in bfloat16 and in 4 bits: plain, and as a CUDA graph."""
+"""Decoding with a random Llama of 8B shapes, in bfloat16 and in 4 bits, with layers apart and merged.
+
+Each as `generate()` does it by itself, with a static cache in a CUDA graph, and, with few blocks, compiled.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from awq.hf.fuse import fuse
 from awq.nn import QuantLinear
 from awq.search.rounding import full_range, nearest
 from awq.weight import QuantizedWeight
@@ -22,9 +26,9 @@ def decode(blocks: int) -> dict[str, Any]:
     ids = torch.randint(0, 32000, (1, PROMPT), device="cuda")
     speeds: dict[str, float] = {}
     notes: dict[str, Any] = {}
-    for name in ("bfloat16", "4 bits"):
-        if name == "4 bits":
-            _quantize(model)
+    for name, change in (("bfloat16", None), ("4 bits", _quantize), ("4 bits, merged", fuse)):
+        if change is not None:
+            change(model)
         notes[f"GB of weights, {name}"] = round(_bytes(model) / 1e9, 2)
         speeds[f"{name}, generate()"] = _generate(model, ids)
         captured = _Captured(model, ids)
@@ -40,12 +44,19 @@ def compiled(blocks: int = 4) -> dict[str, Any]:
     model = _llama(blocks)
     _quantize(model)
     ids = torch.randint(0, 32000, (1, PROMPT), device="cuda")
-    captured = _Captured(model, ids)
-    speeds = {
-        "generate()": _generate(model, ids),
-        "static cache in a CUDA graph": captured.speed(),
-        "generate(), static cache, compiled": _generate(model, ids, cache_implementation="static"),
-    }
+    speeds: dict[str, float] = {}
+    for name in ("apart", "merged"):
+        if name == "merged":
+            fuse(model)
+            torch._dynamo.reset()
+            model.__dict__.pop("_compiled_call", None)  # of the layers apart
+        captured = _Captured(model, ids)
+        speeds[f"{name}, generate()"] = _generate(model, ids)
+        speeds[f"{name}, static cache in a CUDA graph"] = captured.speed()
+        speeds[f"{name}, generate(), static cache, compiled"] = _generate(
+            model, ids, cache_implementation="static"
+        )
+        del captured
     return {"tokens/s": speeds, "blocks": blocks}
 
 
@@ -84,11 +95,12 @@ def _quantize(model: Any) -> None:
 
 
 def _bytes(model: Any) -> int:
-    total = sum(part.nbytes for part in (*model.parameters(), *model.buffers()))
+    tensors = [*model.parameters(), *model.buffers()]
     for module in model.modules():
-        if isinstance(module, QuantLinear) and module._state is not None:
-            total += sum(part.nbytes for part in module._state if isinstance(part, Tensor))
-    return total
+        if isinstance(module, QuantLinear):
+            tensors += module.held_tensors()
+    # Merged layers hold one arrangement together.
+    return sum({part.data_ptr(): part.nbytes for part in tensors}.values())
 
 
 def _generate(model: Any, ids: Tensor, **options: Any) -> float:

@@ -131,8 +131,8 @@ def test_arguments_without_a_meaning_warn_and_say_why(folder: Path, tmp_path: Pa
         model.quantize(quant_config={"q_group_size": 32}, calib_data=TEXTS)
         model.save_quantized(tmp_path / "out")
         AutoAWQForCausalLM.from_quantized(tmp_path / "out")
-    with pytest.warns(UserWarning, match="fuse_layers"):
-        AutoAWQForCausalLM.from_quantized(tmp_path / "out", fuse_layers=True)
+    with pytest.warns(UserWarning, match="max_seq_len has no effect"):
+        AutoAWQForCausalLM.from_quantized(tmp_path / "out", max_seq_len=64)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from transformers import (
 from autoawq_calls import PROMPT
 from awq import AutoAWQForCausalLM
 from awq.auto_model import AWQModel
+from awq.hf.static import StaticGeneration
 
 pytestmark = pytest.mark.usefixtures("unanswered")
 
@@ -51,11 +52,40 @@ def test_the_generate_example_streams_a_continuation(
 
 
 def test_the_readmes_max_seq_len_limits_the_length(quantized: Path, tokenizer: Any) -> None:
-    with pytest.warns(UserWarning, match="fuse_layers has no effect"):
-        model = AutoAWQForCausalLM.from_quantized(str(quantized), fuse_layers=True)
+    model = AutoAWQForCausalLM.from_quantized(str(quantized), fuse_layers=True)
     tokens = tokenizer(PROMPT, return_tensors="pt").input_ids
     longest = tokens.shape[1] + 3
     assert model.generate(tokens, max_seq_len=longest, min_length=longest).shape[1] == longest
+
+
+def test_fused_layers_generate_what_the_others_do_for_any_batch_and_length(
+    quantized: Path, silent: None
+) -> None:
+    """The README's call with all that AutoAWQ needed for it: its lengths had to be known, and its padding was
+    not masked."""
+    plain = AutoAWQForCausalLM.from_quantized(str(quantized), fuse_layers=False, torch_dtype=torch.float32)
+    fused = AutoAWQForCausalLM.from_quantized(
+        str(quantized), fuse_layers=True, max_seq_len=64, batch_size=2, torch_dtype=torch.float32
+    )
+    attention = fused.model.model.layers[0].self_attn
+    assert attention.q_proj._merge is attention.k_proj._merge is attention.v_proj._merge is not None
+    assert isinstance(fused.model.generate, StaticGeneration) and fused.model.generate.length == 64
+    for rows, length in ((1, 1), (3, 9), (2, 40), (1, 9)):
+        tokens = torch.randint(3, 4096, (rows, length), generator=torch.Generator().manual_seed(length))
+        options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
+        assert torch.equal(fused.generate(tokens, **options), plain.generate(tokens, **options))
+
+
+def test_the_default_length_asks_for_no_static_cache_on_a_cpu(quantized: Path) -> None:
+    model = AutoAWQForCausalLM.from_quantized(str(quantized), fuse_layers=True, device_map="cpu")
+    assert not isinstance(model.model.generate, StaticGeneration)
+    assert model.model.model.layers[0].mlp.up_proj._merge is not None
+
+
+def test_fuse_layers_can_be_called_on_a_model_that_is_loaded(quantized: Path) -> None:
+    model = AutoAWQForCausalLM.from_quantized(str(quantized), fuse_layers=False)
+    model.fuse_layers(model)
+    assert model.model.model.layers[0].mlp.up_proj._merge is not None
 
 
 def test_every_kernel_switch_gives_the_same_tokens(quantized: Path, tokenizer: Any) -> None:

@@ -86,9 +86,13 @@ class AutoAWQForCausalLM:
             quant_path: a folder, or a hub name.
             quant_filename: may name the one safetensors file of the folder.
             trust_remote_code: run modelling code that comes with the model (AutoAWQ's default was True).
-            fuse_layers: without effect. None, where AutoAWQ had True, so that only who asks is told.
-            max_seq_len, use_exllama, use_exllama_v2, use_ipex, batch_size, safetensors: without effect; a
-                value that asks for something warns once.
+            fuse_layers: merge layers that read the same tensor, and generate with a static key/value cache.
+                AutoAWQ had True; here only who asks gets it, for on a CPU it gains nothing.
+            max_seq_len: with `fuse_layers`, tokens that the static cache holds; longer calls get a cache that
+                grows, and a warning. On a CPU the default value asks for none.
+            batch_size: taken care of; the cache is made for the batch of each call.
+            use_exllama, use_exllama_v2, use_ipex, safetensors: without effect; a value that asks for
+                something warns once.
             device_map, max_memory, offload_folder: as transformers takes them.
             download_kwargs: of `huggingface_hub.snapshot_download`, for a hub name.
             **config_kwargs: `torch_dtype` of the activations (the checkpoint's own by default), `kernel` to
@@ -99,7 +103,7 @@ class AutoAWQForCausalLM:
             ConfigError: the folder holds a float model.
             AwqError: the checkpoint cannot be loaded whole.
         """
-        answer({"batch_size": batch_size != 1})
+        answer({"batch_size": batch_size != 1 and not fuse_layers})
         return AWQModel.from_quantized(
             quant_path,
             None,

@@ -20,6 +20,7 @@ from accelerate.utils import convert_file_size_to_int
 from awq.config import QuantConfig
 from awq.errors import AlreadyQuantizedError, ConfigError, DiskFullError
 from awq.folder_model import FolderModel
+from awq.hf.fuse import fuse
 from awq.legacy.arguments import answer, check_filename, check_quantizer, read_settings, take_version
 from awq.legacy.config import AwqConfig
 from awq.model.fetch import resolve
@@ -29,7 +30,9 @@ from awq.pipeline.convert import convert
 
 # AutoAWQ's layouts that are made from `gemm`.
 _CONVERTED = ("gemv", "gemv_fast")
-_CHUNK_MEMORY = 1024**3  # AutoAWQ's default, which asks for nothing
+# AutoAWQ's defaults, which ask for nothing.
+_CHUNK_MEMORY = 1024**3
+_SEQ_LEN = 2048
 
 
 class AWQModel(FolderModel):
@@ -110,8 +113,7 @@ class AWQModel(FolderModel):
         answer(
             {
                 "safetensors": not safetensors,
-                "fuse_layers": fuse_layers,
-                "max_seq_len": max_seq_len not in (None, 2048),
+                "max_seq_len": max_seq_len not in (None, _SEQ_LEN) and not fuse_layers,
                 "use_exllama": use_exllama,
                 "use_exllama_v2": use_exllama_v2,
                 "use_ipex": use_ipex,
@@ -129,7 +131,11 @@ class AWQModel(FolderModel):
         offload = {"offload_folder": offload_folder} if offload_folder else {}
         placing = {"device_map": device_map, "max_memory": max_memory, **offload}
         model = cls(folder, trust_remote_code, {"dtype": torch_dtype, **placing, **config_kwargs}, True)
-        _ = model.model  # loaded now: what is wrong with it should show here
+        loaded = model.model  # now: what is wrong with it should show here
+        if fuse_layers:
+            # Nobody asked for the default length, and without compilation a static cache costs time.
+            unasked = max_seq_len == _SEQ_LEN and loaded.device.type == "cpu"
+            fuse(loaded, None if unasked else max_seq_len)
         return model
 
     @property
@@ -280,8 +286,8 @@ class AWQModel(FolderModel):
 
     @staticmethod
     def fuse_layers(model: Any) -> None:
-        """Does nothing: layers are not fused."""
-        answer({"fuse_layers": True})
+        """Merge layers of a model that read the same tensor; a transformers model, or an object like this."""
+        fuse(model.model if isinstance(model, FolderModel) else model)
 
     def __repr__(self) -> str:
         kind = "quantized" if self.is_quantized else "float"

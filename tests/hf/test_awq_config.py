@@ -39,8 +39,8 @@ def kernels(model: Any) -> set[str]:
         ({"version": "GEMVFast"}, "its layout is its own"),
         ({"version": "gemv_fast"}, "its layout is its own"),
         ({"version": "ipex"}, "its kernel is chosen"),
-        ({"do_fuse": True, "fuse_max_seq_len": 512}, "do_fuse and fuse_max_seq_len: layers are not fused"),
-        ({"modules_to_fuse": {"mlp": ["gate_proj"]}}, "modules_to_fuse: layers are not fused"),
+        ({"modules_to_fuse": {"mlp": ["gate_proj"]}}, "modules_to_fuse names nothing here"),
+        ({"do_fuse": False, "fuse_max_seq_len": 64}, "fuse_max_seq_len has no effect with do_fuse=False"),
         ({"exllama_config": {"version": 2}}, "exllama_config has no effect"),
         ({"backend": "exllama_v2"}, "OpenAWQ takes the fastest of its own"),
         ({"backend": "marlin"}, "OpenAWQ takes the fastest of its own"),
@@ -57,7 +57,10 @@ def test_an_option_without_effect_is_answered_once_and_the_model_loads(
     loaded_with(checkpoint, config)(prompt())
 
 
-@pytest.mark.parametrize("options", [{}, {"version": "gemm"}, {"backend": "auto"}, {"do_fuse": False}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"version": "gemm"}, {"backend": "auto"}, {"do_fuse": False}, {"do_fuse": True}],
+)
 def test_options_that_mean_what_happens_anyway_are_silent(options: dict[str, Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

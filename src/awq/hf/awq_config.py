@@ -76,6 +76,8 @@ def _init(
     )
     self.format = version if of_checkpoint and version not in _KERNEL_VERSIONS else "gemm"
     self.backend = _kernel(backend, quiet=of_checkpoint)
+    # What a checkpoint was made with is nobody's request here either.
+    self.do_fuse, self.fuse_max_seq_len = (False, None) if of_checkpoint else _fusing(kwargs)
     extra = {name: value for name, value in kwargs.items() if name not in known and name not in _NOT_KEPT}
     self.extra_fields = extra if of_checkpoint else {}
     if not of_checkpoint:
@@ -112,17 +114,26 @@ def _kernel(backend: str, quiet: bool) -> str:
     return "auto"
 
 
+def _fusing(given: dict[str, Any]) -> tuple[bool, int | None]:
+    """Whether layers shall be merged, and the length of a static cache; either option asks for fusing."""
+    length = given.get("fuse_max_seq_len")
+    if length is not None and (not isinstance(length, int) or length < 1):
+        raise ConfigError(f"fuse_max_seq_len={length!r} is no number of tokens; leave it out, or give one")
+    asked = given.get("do_fuse")
+    if asked is None:
+        asked = bool(length or given.get("modules_to_fuse"))
+    return bool(asked), length if asked else None
+
+
 def _answer(version: str, given: dict[str, Any], unknown: list[str]) -> None:
     """Tell a user what becomes of options that do nothing here."""
     if version != "gemm":
         meant = "kernel is chosen by device and shape" if version in _KERNEL_VERSIONS else "layout is its own"
         _warn(f"version={version!r} has no effect on a checkpoint that is loaded: its {meant}")
-    fusing = [name for name in _FUSING if given.get(name)]
-    if fusing:
-        _warn(
-            f"{' and '.join(fusing)}: layers are not fused; they compute the same result one by one, and the "
-            "key/value cache grows as needed (cache_implementation='static' fixes its size)"
-        )
+    if given.get("modules_to_fuse"):
+        _warn("modules_to_fuse names nothing here: layers that read the same tensor are found and merged")
+    if given.get("fuse_max_seq_len") and given.get("do_fuse") is False:
+        _warn("fuse_max_seq_len has no effect with do_fuse=False")
     if given.get("exllama_config"):
         _warn("exllama_config has no effect: the kernel is chosen by device and shape")
     rest = [name for name in unknown if name not in _FUSING and name != "exllama_config"]
@@ -151,7 +162,7 @@ def _to_dict(self: Any) -> dict[str, Any]:
 
 def _loading_attributes(self: Any) -> dict[str, Any]:
     """What a user's configuration overrides in a checkpoint's."""
-    return {"backend": self.backend}
+    return {name: getattr(self, name) for name in ("backend", "do_fuse", "fuse_max_seq_len")}
 
 
 _METHODS = {"__init__": _init, "to_dict": _to_dict, "get_loading_attributes": _loading_attributes}

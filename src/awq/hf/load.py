@@ -11,6 +11,7 @@ import torch
 from awq.errors import AwqError, ConfigError, LoadError
 from awq.formats.detect import method_of
 from awq.hf.differences import told
+from awq.hf.fuse import fuse as fuse_layers
 from awq.hf.registration import register
 from awq.kernels import kernel_names
 from awq.model.classes import auto_class
@@ -32,6 +33,8 @@ def load_quantized(
     max_memory: Any = None,
     trust_remote_code: bool = False,
     kernel: str | None = None,
+    fuse: bool = False,
+    max_seq_len: int | None = None,
     **kwargs: Any,
 ) -> Any:
     """Load an AWQ checkpoint as a transformers model in eval mode.
@@ -45,6 +48,8 @@ def load_quantized(
         device_map, max_memory: as transformers takes them.
         trust_remote_code: run modelling code that comes with the model.
         kernel: insist on a kernel; the fastest that fits by default.
+        fuse: merge layers that read the same tensor, such as q/k/v and gate/up, into one product.
+        max_seq_len: with `fuse`, tokens that a static key/value cache holds; None for one that grows.
         **kwargs: further arguments of `from_pretrained`.
 
     Raises:
@@ -55,7 +60,8 @@ def load_quantized(
     folder = resolve(path)
     if not is_awq(folder):
         options = {"dtype": dtype, "device_map": device_map, "max_memory": max_memory, "kernel": kernel}
-        return _load_foreign(folder, trust_remote_code=trust_remote_code, **options, **kwargs)
+        options |= {"fuse": fuse, "max_seq_len": max_seq_len, "trust_remote_code": trust_remote_code}
+        return _load_foreign(folder, **options, **kwargs)
     if kernel is not None and kernel not in kernel_names():
         raise ConfigError(f"kernel {kernel!r} is unknown; known are: {', '.join(kernel_names())}")
     reader = CheckpointReader(folder)  # raises on missing and damaged files
@@ -81,7 +87,10 @@ def load_quantized(
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise LoadError(f"transformers cannot load {folder}: {error}") from error
     _raise_on_differences(folder, info, reader.unused)
-    return model.eval()
+    model.eval()
+    if fuse:
+        fuse_layers(model, max_seq_len)
+    return model
 
 
 def _load_foreign(folder: Path, **options: Any) -> Any:

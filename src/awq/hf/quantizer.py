@@ -14,6 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from awq.errors import ConfigError, LoadError
 from awq.formats.detect import detect
 from awq.hf.differences import told
+from awq.hf.fuse import fuse
 from awq.hf.replace import Stored, replace_layers
 from awq.model.conv1d import conv1d_of
 from awq.model.names import match_names
@@ -36,6 +37,8 @@ class AwqQuantizer(HfQuantizer):
         backend = str(getattr(quantization_config.backend, "value", quantization_config.backend))
         self.kernel = None if backend == "auto" else backend
         self.has_experts = False
+        self.do_fuse: bool = getattr(quantization_config, "do_fuse", False)
+        self.fuse_max_seq_len: int | None = getattr(quantization_config, "fuse_max_seq_len", None)
         self._dtypes: dict[str, torch.dtype] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -84,6 +87,8 @@ class AwqQuantizer(HfQuantizer):
                 "are: pass offload_buffers=True to from_pretrained",
                 stacklevel=2,
             )
+        if self.do_fuse:
+            fuse(model, self.fuse_max_seq_len)
         return model
 
     def _cast(self, model: Any) -> None:

@@ -15,9 +15,11 @@ from awq.model.weights import CheckpointReader
 NO_EFFECT = {
     "low_cpu_mem_usage": "only one block is in memory while quantizing, and transformers loads the same way",
     "max_chunk_memory": "the statistics take the memory of one matrix, whatever the number of tokens",
-    "fuse_layers": "layers are not fused; as they are they generate right, for any batch and any length",
-    "max_seq_len": "the key/value cache grows as it is needed; max_new_tokens of generate() sets a limit",
-    "batch_size": "the key/value cache grows as it is needed",
+    "max_seq_len": (
+        "the key/value cache grows as it is needed, unless fuse_layers=True asks for a static one; "
+        "max_new_tokens of generate() sets a limit"
+    ),
+    "batch_size": "the key/value cache is made for the sequences that generate() is given",
     "use_exllama": "the kernel is chosen by device and shape",
     "use_exllama_v2": "the kernel is chosen by device and shape",
     "use_ipex": "the CPU kernel is PyTorch's own, and is chosen by device and shape",

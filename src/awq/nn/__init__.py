@@ -2,5 +2,6 @@
 
 from awq.nn.experts import QuantExperts
 from awq.nn.linear import QuantLinear
+from awq.nn.merge import Merge, apart_because
 
-__all__ = ["QuantExperts", "QuantLinear"]
+__all__ = ["Merge", "QuantExperts", "QuantLinear", "apart_because"]

@@ -11,7 +11,7 @@ It is a `torch.nn.Linear`, so that what looks for linear layers (PEFT's adapters
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from awq.errors import ConfigError
 from awq.formats import get_format
 from awq.kernels import Choice, LayerSpec, choose, multiply
 from awq.weight import QuantizedWeight
+
+if TYPE_CHECKING:
+    from awq.nn.merge import Merge
 
 
 class DequantizedWeight(Tensor):
@@ -84,6 +87,9 @@ class QuantLinear(nn.Linear):
         self._prefer: str | None = None
         self._choice: Choice | None = None
         self._state: Any = None
+        # Layers that are multiplied together share one state, of which each has some rows.
+        self._merge: Merge | None = None
+        self._rows = slice(None)
         # transformers initialises whatever does not say that it needs none.
         self._is_hf_initialized = True
 
@@ -142,6 +148,8 @@ class QuantLinear(nn.Linear):
         self._prefer = prefer or self._prefer
         # Tensors born in inference mode could never be used in training.
         with torch.inference_mode(False):
+            if self._merge is not None:
+                return self._merge.prepare(dtype, self._prefer)
             weight = self.weight_canonical()
             dtype = dtype or weight.scales.dtype
             spec = LayerSpec(
@@ -153,20 +161,24 @@ class QuantLinear(nn.Linear):
                 self.bits,
             )
             choice = choose(spec, self._prefer)
-            self._state = choice.kernel.prepare(weight, dtype)
-        self._choice, self.compute_dtype = choice, dtype
+            self._arranged(choice, choice.kernel.prepare(weight, dtype), dtype)
+        return choice
+
+    def _arranged(self, choice: Choice, state: Any, dtype: torch.dtype) -> None:
+        """Take up a kernel's arrangement, and give up the checkpoint's tensors."""
+        self._choice, self._state, self.compute_dtype = choice, state, dtype
         for name in self._packed:
             # Not None: PEFT would ask a `qweight` that exists for its device.
             self._buffers.pop(name, None)
-        return choice
 
     def weight_canonical(self) -> QuantizedWeight:
         """The weight as codes, scales and zero points: exactly what was loaded."""
         if self._choice is None:
             tensors = {name: getattr(self, name) for name in self._packed}
             return get_format(self.layout).unpack(tensors, self.bits, self.group_size)
-        codes = self._choice.kernel.codes(self._state)
-        return QuantizedWeight(codes, self._state.scales, self._state.zeros, self.bits)
+        codes = self._choice.kernel.codes(self._state)[self._rows]
+        scales, zeros = self._state.scales[self._rows], self._state.zeros[self._rows]
+        return QuantizedWeight(codes, scales, zeros, self.bits)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as floats `[out_features, in_features]`."""
@@ -179,11 +191,14 @@ class QuantLinear(nn.Linear):
             return F.linear(inputs, self.dequantize(inputs.dtype), self._bias_as(inputs.dtype))
         if self._choice is None:
             self.prepare(inputs.dtype)
+        # Preparing may find that the layer can be merged no more.
+        out = self._product(inputs) if self._merge is None else self._merge.product(self, inputs)
+        bias = self._bias_as(out.dtype)
+        return out if bias is None else out + bias
+
+    def _product(self, inputs: Tensor) -> Tensor:
         rows = inputs.reshape(-1, self.in_features)
         out = multiply(rows, self._choice.kernel, self._state, self.out_features)  # type: ignore[union-attr]
-        bias = self._bias_as(out.dtype)
-        if bias is not None:
-            out = out + bias
         return out.view(*inputs.shape[:-1], self.out_features)
 
     def held_tensors(self) -> list[Tensor]:
@@ -198,10 +213,12 @@ class QuantLinear(nn.Linear):
         """Go back to the checkpoint's tensors, which can be moved and saved."""
         if self._choice is None:
             return
-        packed = get_format(self.layout).pack(self.weight_canonical())
-        self._choice = self._state = None
-        for name, tensor in packed.items():
-            self.register_buffer(name, tensor)
+        # What is multiplied together is given back together.
+        for layer in self._merge.members if self._merge is not None else (self,):
+            packed = get_format(layer.layout).pack(layer.weight_canonical())
+            layer._choice = layer._state = None
+            for name, tensor in packed.items():
+                layer.register_buffer(name, tensor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         # A kernel's arrangement belongs to its device and dtype: moved layers arrange anew when next used.
@@ -218,7 +235,8 @@ class QuantLinear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         # An arrangement depends on the processor: in a pickle its bytes could come to mean other codes.
-        state = self.__dict__.copy()
+        # And a copy of one layer must not hold those that it is multiplied with.
+        state = self.__dict__ | {"_merge": None, "_rows": slice(None)}
         if self._choice is not None:
             state |= {"_choice": None, "_state": None}
             state["_buffers"] = self._buffers | get_format(self.layout).pack(self.weight_canonical())
@@ -237,6 +255,8 @@ class QuantLinear(nn.Linear):
     def extra_repr(self) -> str:
         """Measures and kernel."""
         kernel = self._choice.kernel.name if self._choice else "not prepared"
+        if self._merge is not None:
+            kernel += f", merged={len(self._merge.members)}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, bits={self.bits}, group_size={self.group_size}, kernel={kernel}"
