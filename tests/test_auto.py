@@ -140,7 +140,6 @@ def test_arguments_without_a_meaning_warn_and_say_why(folder: Path, tmp_path: Pa
     [
         ({"w_bit": 3}, "bits=3"),
         ({"q_group_size": 100}, "group_size=100"),
-        ({"zero_point": False}, "zero_point"),
         ({"version": "no_such_layout"}, "no_such_layout"),
         ({"w_bits": 4}, "w_bits"),
     ],

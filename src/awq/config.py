@@ -8,20 +8,26 @@ beside the checkpoint instead.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from awq.errors import ConfigError
 
-Format = Literal["gemm", "float", "folded"]
+Format = Literal["gemm", "compressed-tensors", "mlx", "gptq", "gptq_v2", "float", "folded"]
 Method = Literal["awq", "rtn"]
 Rounding = Literal["auto", "nearest", "gptq"]
 StorageDtype = Literal["auto", "float16", "bfloat16", "float32"]
 
 # What each layout can hold. `float` writes the dequantized weights: a research format for any width. `folded`
-# writes the scaled and clipped weights before any rounding, for another tool to quantize.
+# writes the scaled and clipped weights before any rounding, for another tool to quantize. compressed-tensors
+# has more widths, but its versions disagree about codes that do not fill a word evenly.
 FORMAT_BITS: dict[str, tuple[int, ...]] = {
     "gemm": (4,),
+    "compressed-tensors": (2, 4, 8),
+    "mlx": (2, 3, 4, 5, 6, 8),
+    "gptq": (2, 3, 4, 8),
+    "gptq_v2": (2, 3, 4, 8),
     "float": (2, 3, 4, 5, 6, 7, 8),
     "folded": (2, 3, 4, 5, 6, 7, 8),
 }
@@ -39,6 +45,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 _AUTOAWQ_NAMES = {"w_bit": "bits", "q_group_size": "group_size", "version": "format"}
 
 
+class Setting(NamedTuple):
+    """How one layer is quantized: width of a code, and input channels that share a scale (-1: the row)."""
+
+    bits: int
+    group_size: int
+
+    def size(self, in_features: int) -> int:
+        """`group_size`, with -1 read as the whole row."""
+        return in_features if self.group_size == -1 else self.group_size
+
+
 def _choices(alias: Any) -> tuple[str, ...]:
     return get_args(alias)
 
@@ -48,12 +65,13 @@ class QuantConfig:
     """How a model is quantized.
 
     Args:
-        bits: width of a code. The `gemm` layout holds 4; `float` and `folded` take 2 to 8.
+        bits: width of a code; `FORMAT_BITS` tells what each layout holds (`gemm`: 4 alone).
         group_size: input channels that share a scale and a zero point; -1 for the whole row.
-        zero_point: asymmetric codes. The AWQ layouts know no other.
-        format: on-disk layout: `gemm` (AutoAWQ's, read by vLLM, SGLang, transformers, mlx-lm), or plain
-            weights with no `quantization_config`: `float` (they hold the quantized values) or `folded`
-            (scales folded in and ranges clipped, but nothing rounded: for another tool to quantize).
+        zero_point: asymmetric codes; without, every zero point is the middle code.
+        format: on-disk layout: `gemm` (AutoAWQ's, read by vLLM, SGLang, transformers, mlx-lm),
+            `compressed-tensors`, `mlx`, `gptq`, `gptq_v2`, or plain weights with no `quantization_config`:
+            `float` (they hold the quantized values) or `folded` (scales folded in and ranges clipped, but
+            nothing rounded: for another tool to quantize).
         modules_to_not_convert: names, or parts of names, of layers to leave as they are.
         method: `awq` (search scales and clips) or `rtn` (plain rounding to nearest).
         rounding: `nearest`, `gptq` (error compensation), or `auto`: the better one, block by block.
@@ -63,6 +81,8 @@ class QuantConfig:
         dtype: of the float tensors written: `auto` keeps each one's own; `float32` is for plain weights.
         refine: how often scales are refitted and codes improved after error compensation; 0 for never.
         tune: steps of gradient tuning of each block as a whole, behind all that; 0 for none. Slow.
+        target_bits: choose for each layer what it is quantized to, or leave it float, so that a weight takes
+            so many bits on disk on average, scales included; None to quantize all layers alike.
 
     Raises:
         ConfigError: a value has no meaning, or values contradict one another.
@@ -81,6 +101,7 @@ class QuantConfig:
     dtype: StorageDtype = "auto"
     refine: int = 2
     tune: int = 0
+    target_bits: float | None = None
 
     def __post_init__(self) -> None:
         for name, alias in (
@@ -98,7 +119,9 @@ class QuantConfig:
                 raise ConfigError(f"{name} must be a whole number, not {value!r}")
         if self.bits not in FORMAT_BITS[self.format]:
             supported = ", ".join(map(str, FORMAT_BITS[self.format]))
-            raise ConfigError(f"bits={self.bits}: the {self.format!r} format holds {supported} bits")
+            others = [name for name, widths in FORMAT_BITS.items() if self.bits in widths]
+            cure = f"; {self.bits} bits fit into: {', '.join(others)}" if others else ""
+            raise ConfigError(f"bits={self.bits}: the {self.format!r} format holds {supported} bits{cure}")
         if self.group_size != -1 and (self.group_size < 8 or self.group_size % 8):
             raise ConfigError(
                 f"group_size={self.group_size} is not possible; use a multiple of 8 (32, 64 and 128 run on "
@@ -106,8 +129,8 @@ class QuantConfig:
             )
         if self.dtype == "float32" and self.format not in PLAIN_FORMATS:
             raise ConfigError(f"dtype=float32: the {self.format!r} format stores 16-bit scales")
-        if not self.zero_point:
-            raise ConfigError("zero_point=False is not supported: the AWQ layouts store asymmetric codes")
+        self._check_zero_points()
+        self._check_target()
         for name, least in (("scale_steps", 1), ("refine", 0), ("tune", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
@@ -117,6 +140,26 @@ class QuantConfig:
         if isinstance(skipped, str) or not all(isinstance(name, str) and name for name in skipped):
             raise ConfigError(f"modules_to_not_convert must be a list of names, not {skipped!r}")
         object.__setattr__(self, "modules_to_not_convert", tuple(skipped))
+
+    def _check_zero_points(self) -> None:
+        if self.zero_point and self.format == "gptq":
+            raise ConfigError(
+                "the first GPTQ format cannot hold a zero point of 0, which asymmetric codes may have: use "
+                "format='gptq_v2', or zero_point=False"
+            )
+        if self.format == "mlx" and self.bits == 8 and self.dtype == "bfloat16":
+            raise ConfigError(
+                "mlx stores zero * scale, and with 8 bits bfloat16 is too coarse for that; use float16"
+            )
+
+    def _check_target(self) -> None:
+        target = self.target_bits
+        if target is None:
+            return
+        if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target < math.inf:
+            raise ConfigError(f"target_bits must be a number above 0, not {target!r}")
+        if self.format == "folded":
+            raise ConfigError("target_bits has no meaning for format='folded', where nothing is rounded")
 
     @classmethod
     def preset(cls, name: str, **options: Any) -> QuantConfig:
@@ -169,10 +212,16 @@ class QuantConfig:
             "quant_method": "awq",
             "bits": self.bits,
             "group_size": self.group_size,
-            "zero_point": self.zero_point,
+            # The tensors hold zero points, also where each is the middle code.
+            "zero_point": True,
             "version": self.format,
             "modules_to_not_convert": modules_to_not_convert,
         }
+
+    @property
+    def setting(self) -> Setting:
+        """How a layer is quantized, unless something else is chosen for it."""
+        return Setting(self.bits, self.group_size)
 
     def groups(self, in_features: int) -> int:
         """Groups per row of a layer with this many input channels (0 when they do not divide)."""

@@ -64,6 +64,16 @@ class QuantizedWeight:
         """Columns that share a scale."""
         return self.in_features // self.scales.shape[1]
 
+    @property
+    def middle(self) -> int:
+        """The code in the middle of the range."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether each zero point is the middle code, so that a layout need not store them."""
+        return bool((self.zeros == self.middle).all())
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as floats, `[out_features, in_features]`; computed in float32, then cast."""
         shape = (self.out_features, -1, self.group_size)

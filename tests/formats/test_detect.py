@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from awq.config import PLAIN_FORMATS
+from awq.config import FORMAT_BITS, PLAIN_FORMATS, Setting
 from awq.errors import ConfigError
 from awq.formats import LAYOUTS
-from awq.formats.detect import detect, entry_for, entry_of
+from awq.formats.detect import detect, entry_of
+from awq.formats.entry import MIXING, entry_for
 
 COMPRESSED: dict[str, Any] = {
     "quant_method": "compressed-tensors",
@@ -68,8 +69,21 @@ def test_skipped_layers_and_exceptions_are_read() -> None:
     mlx = detect(
         {"quant_method": "mlx", "group_size": 64, "bits": 4, "a": {"bits": 8}, "b": False, "mode": "affine"}
     )
-    assert mlx.exceptions == {"a": (8, 64)}
+    assert (mlx.setting("a"), mlx.setting("c")) == ((8, 64), (4, 64))
     assert mlx.skipped == ("b",)
+
+
+def test_a_pattern_of_compressed_tensors_stands_for_every_layer_that_it_matches() -> None:
+    weights = {"num_bits": 8, "strategy": "channel", "symmetric": True}
+    groups = {
+        "group_0": {"targets": ["a", r"re:.*\.mlp\."], "weights": weights},
+        "group_1": COMPRESSED["config_groups"]["group_0"] | {"targets": ["b"]},
+    }
+    found = detect(COMPRESSED | {"config_groups": groups})
+    settings = [found.setting(name) for name in ("a", "b", "layers.0.mlp.up", "layers.0.attn.q")]
+    assert settings == [(8, -1), (4, 128), (8, -1), (8, -1)]
+    assert not found.symmetric
+    assert detect(COMPRESSED | {"config_groups": {"g": groups["group_0"]}}).symmetric
 
 
 def test_the_entry_is_found_where_each_project_puts_it() -> None:
@@ -93,14 +107,14 @@ def test_the_entry_is_found_where_each_project_puts_it() -> None:
         ({"quant_method": "awq", "bits": 3}, "3 bits"),
         ({"quant_method": "awq", "zero_point": False}, "zero_point"),
         ({"quant_method": "awq", "group_size": "128"}, "group_size"),
-        ({"quant_method": "gptq", "bits": 8}, "8 bits"),
+        ({"quant_method": "gptq", "bits": 5}, "5 bits"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "marlin"),
         ({"quant_method": "gptq", "bits": 4, "pack_dtype": "int16"}, "int16"),
         (COMPRESSED | {"format": "float-quantized"}, "float-quantized"),
         (COMPRESSED | {"config_groups": {}}, "config_groups"),
         (
-            COMPRESSED | {"config_groups": {"g": {"weights": {"num_bits": 8, "strategy": "channel"}}}},
-            "8 bits",
+            COMPRESSED | {"config_groups": {"g": {"weights": {"num_bits": 3, "strategy": "channel"}}}},
+            "3 bits",
         ),
         (
             COMPRESSED | {"config_groups": {"g": {"weights": {"num_bits": 4, "strategy": "tensor"}}}},
@@ -141,6 +155,38 @@ def test_what_is_written_about_a_layout_is_read_as_that_layout(layout: str, grou
     suffixes = LAYOUTS[layout].names
     found = detect(entry, suffixes)
     assert (found.layout, found.bits, found.group_size) == (layout, 4, group_size)
+
+
+@pytest.mark.parametrize("layout", MIXING)
+def test_several_widths_and_group_sizes_are_written_and_read(layout: str) -> None:
+    layers = {
+        "model.layers.0.self_attn.q_proj": Setting(8, 64),
+        "model.layers.0.mlp.experts.0.up_proj": Setting(4, 32),
+        "model.layers.0.mlp.experts.11.up_proj": Setting(4, 32),
+        "model.layers.1.mlp.experts.0.up_proj": Setting(4, 128),
+    }
+    written = entry_for(layout, 4, 128, ["lm_head"], layers=layers)
+    entry = entry_of(written)
+    assert entry is not None
+    found = detect(entry)
+    assert {name: found.setting(name) for name in layers} == layers
+    if layout == "compressed-tensors":
+        targets = [group["targets"] for group in entry["config_groups"].values()]
+        # The experts of a layer are one pattern, and no class stands in the way of fused layers.
+        assert [len(names) for names in targets] == [1, 1, 1]
+        assert "Linear" not in {name for names in targets for name in names}
+
+
+@pytest.mark.parametrize(
+    ("layout", "bits"),
+    [(name, bits) for name in ("gptq", "gptq_v2", "mlx", "compressed-tensors") for bits in FORMAT_BITS[name]],
+)
+def test_every_width_of_a_layout_is_written_and_read(layout: str, bits: int) -> None:
+    entry = entry_of(entry_for(layout, bits, 64, [], symmetric=True))
+    assert entry is not None
+    found = detect(entry)
+    assert (found.layout, found.bits, found.group_size) == (layout, bits, 64)
+    assert found.symmetric is (layout != "mlx")
 
 
 def test_the_awq_entry_is_what_engines_read() -> None:

@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from awq.config import PLAIN_FORMATS
+from awq.config import FORMAT_BITS, PLAIN_FORMATS
 from awq.errors import ConfigError, CorruptFileError
 from awq.formats import LAYOUTS, exllama, get_format, gguf, mlx
 from awq.weight import QuantizedWeight
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden.json").read_text())
 # Those that hold any 4-bit weight of a fitting size, exactly.
-EXACT = ("gemm", "gemv", "gemv_fast", "llm_awq", "gptq_v2", "compressed-tensors", "mlx")
+EXACT = ("gemm", "gemv", "gemv_fast", "llm_awq", "gptq_v2", "compressed-tensors", "mlx", "codes")
 
 
 def patterned(rows: int, columns: int, group_size: int, symmetric: bool = False) -> QuantizedWeight:
@@ -184,16 +184,56 @@ def test_exllama_wraps_a_zero_point_of_zero_and_leaves_its_neighbours_alone(seed
     assert same(exllama.unpack(packed), weight)
 
 
-@settings(max_examples=25, deadline=None)
-@given(bits=st.sampled_from([2, 3, 4, 5, 6, 8]), seed=st.integers(0, 2**30))
-def test_mlx_holds_other_widths(bits: int, seed: int) -> None:
-    weight = weights(4, 64, 32, seed)
+def of_width(bits: int, seed: int, lowest: int = 0, size: int = 32) -> QuantizedWeight:
+    """A weight `[32, 64]` in groups; its scales leave room for their products with zero points."""
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 2**bits, (4, 64), generator=generator, dtype=torch.uint8)
-    zeros = torch.randint(0, 2**bits, (4, 2), generator=generator, dtype=torch.uint8)
-    scales = weight.scales.clamp(max=200)
-    weight = QuantizedWeight(codes, scales, zeros, bits)
-    assert same(mlx.unpack(mlx.pack(weight), bits), weight)
+    codes = torch.randint(0, 2**bits, (32, 64), generator=generator, dtype=torch.uint8)
+    zeros = torch.randint(lowest, 2**bits, (32, 64 // size), generator=generator, dtype=torch.uint8)
+    return QuantizedWeight(codes, weights(32, 64, size, seed).scales.clamp(max=200), zeros, bits)
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        (name, bits)
+        for name in ("gptq", "gptq_v2", "compressed-tensors", "mlx", "codes")
+        for bits in FORMAT_BITS.get(name, range(2, 9))
+    ],
+)
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**30), size=st.sampled_from([32, 64]))
+def test_every_width_of_a_layout_comes_back_as_it_was(name: str, bits: int, seed: int, size: int) -> None:
+    layout = get_format(name)
+    weight = of_width(bits, seed, lowest=1 if name == "gptq" else 0, size=size)
+    packed = layout.pack(weight)
+    assert same(layout.unpack(packed, bits, size), weight)
+    shapes = layout.packed_shapes(32, 64, size, torch.float16, bits)
+    assert {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in packed.items()} == shapes
+    assert layout.measure({key: shape for key, (_, shape) in shapes.items()}, bits, size).in_features == 64
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_gptq_words_of_other_widths_are_one_row_of_bits(bits: int) -> None:
+    weight = of_width(bits, 1)
+    packed = get_format("gptq_v2").pack(weight)
+    for row in (0, 31):
+        words = [int(word) & 0xFFFFFFFF for word in packed["qweight"][:, row]]
+        stream = sum(word << (32 * i) for i, word in enumerate(words))
+        codes = [(stream >> (bits * i)) & (2**bits - 1) for i in range(64)]
+        assert codes == weight.codes[row].tolist()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_symmetric_compressed_tensors_have_no_zero_points(bits: int) -> None:
+    weight = of_width(bits, 2)
+    layout = get_format("compressed-tensors", symmetric=True)
+    with pytest.raises(ConfigError, match="middle code"):
+        layout.pack(weight)
+    weight.zeros.fill_(2 ** (bits - 1))
+    packed = layout.pack(weight)
+    assert set(packed) == set(layout.packed_shapes(32, 64, 32, torch.float16, bits))
+    assert "weight_zero_point" not in packed
+    assert same(layout.unpack(packed, bits), weight)
 
 
 @pytest.mark.parametrize("name", ["gemv_fast", "mlx"])
@@ -279,6 +319,6 @@ def test_what_a_layout_cannot_hold_is_refused_with_the_reason() -> None:
     assert "48" in str(get_format("gemv").supports(64, 96, 48, 4))
     assert "Q4_1" in str(gguf.supports(64, 64, 64, 3))
     for name, layout in LAYOUTS.items():
-        if name not in ("mlx", *PLAIN_FORMATS):
-            assert "bits" in str(layout.supports(64, 64, 64, 3)), name
+        if name not in PLAIN_FORMATS:
+            assert "bit" in str(layout.supports(64, 64, 64, 9)), name
         assert "divide" in str(layout.supports(64, 100, 64, 4)), name

@@ -36,6 +36,34 @@ def test_a_converted_checkpoint_computes_what_the_first_one_does(
         assert torch.equal(first(ids).logits, second(ids).logits)
 
 
+@pytest.mark.parametrize(("layout", "bits"), [("gptq_v2", 3), ("compressed-tensors", 8), ("mlx", 6)])
+def test_other_widths_compute_what_their_values_say_and_are_saved_for_us(
+    layout: Any, bits: int, gemm: Path, token_lists: list[list[int]], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from awq.model.quantized import QuantizedCheckpoint
+
+    config = QuantConfig(bits, 32, format=layout, method="rtn")
+    awq.quantize(gemm.parent / "float", tmp_path / "q", config, token_lists)
+    reference = AutoModelForCausalLM.from_pretrained(gemm.parent / "float", dtype=torch.float32).eval()
+    checkpoint = QuantizedCheckpoint(tmp_path / "q")
+    for name in checkpoint.layers:
+        reference.get_submodule(name).weight.data = checkpoint.weight(name).dequantize()
+    model = awq.load_quantized(tmp_path / "q", dtype=torch.float32)
+    ids = torch.tensor([token_lists[0]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, reference(ids).logits, atol=2e-5, rtol=0)
+    model.save_pretrained(tmp_path / "saved")
+    again = awq.load_quantized(tmp_path / "saved", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, again(ids).logits)
+    awq.convert(tmp_path / "saved", tmp_path / "back", layout)
+    back = QuantizedCheckpoint(tmp_path / "back")
+    for name in checkpoint.layers:
+        assert torch.equal(back.weight(name).dequantize(), checkpoint.weight(name).dequantize())
+
+
 def test_a_float_folder_and_one_that_should_stay_on_disk_are_refused(gemm: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="quantize it first"):
         awq.load_quantized(tmp_path / "float")
@@ -47,7 +75,7 @@ def test_a_float_folder_and_one_that_should_stay_on_disk_are_refused(gemm: Path,
 def test_what_has_no_exact_form_is_refused(gemm: Path, tmp_path: Path) -> None:
     awq.convert(gemm, tmp_path / "gptq", "gptq_v2")
     config = json.loads((tmp_path / "gptq" / "config.json").read_text())
-    config["quantization_config"]["bits"] = 3
+    config["quantization_config"]["bits"] = 5
     (tmp_path / "gptq" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="3"):
+    with pytest.raises(ConfigError, match="5 bits"):
         awq.load_quantized(tmp_path / "gptq")

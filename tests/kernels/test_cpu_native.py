@@ -231,7 +231,7 @@ def test_eight_bit_activations_are_off_by_under_a_percent_and_only_on_request(dt
     ("change", "reason"),
     [
         ({"device": "cuda"}, "it runs on the CPU, not on cuda"),
-        ({"bits": 3}, "it multiplies 4 bits, not 3"),
+        ({"bits": 8}, "8 bits do not fit a nibble"),
         ({"group_size": 12}, "groups of 12 do not divide by 8"),
     ],
 )

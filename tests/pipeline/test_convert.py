@@ -17,7 +17,8 @@ import awq
 from awq import QuantConfig
 from awq.cli.main import app
 from awq.errors import AwqError, ConfigError, CorruptFileError, OutputExistsError, WeightError
-from awq.formats import LAYOUTS, mlx
+from awq.formats import LAYOUTS
+from awq.formats.stream import pack_stream
 from awq.model.quantized import QuantizedCheckpoint
 from awq.pipeline.convert import TARGETS
 from awq.pipeline.journal import WORK_FOLDER
@@ -292,7 +293,7 @@ def test_quantized_embeddings_of_mlx_become_plain_weights(source: Path, tmp_path
     codes = torch.randint(0, 16, (128, 128), generator=generator, dtype=torch.uint8)
     # Offsets that are no zero points, as MLX's own quantizer writes them.
     packed = {
-        "weight": mlx.pack_bits(codes, 4),
+        "weight": pack_stream(codes, 4).view(torch.uint32),
         "scales": torch.full((128, 2), 0.01).half(),
         "biases": torch.full((128, 2), -0.0433).half(),
     }

@@ -75,7 +75,7 @@ def test_the_output_comes_nearer_to_the_originals(block: Block, bits: int) -> No
     given, targets = batches(block)
     start = rounded(block, bits)
     before = {name: parameter.clone() for name, parameter in block.named_parameters()}
-    tuned = tune(block, start, given, targets, 120, bits, CPU)
+    tuned = tune(block, start, given, targets, 120, dict.fromkeys(start, bits), CPU)
     assert error(block, tuned, given, targets) < 0.7 * error(block, start, given, targets)
     assert all(torch.equal(parameter, before[name]) for name, parameter in block.named_parameters())
     for name, layer in tuned.items():
@@ -87,7 +87,7 @@ def test_the_output_comes_nearer_to_the_originals(block: Block, bits: int) -> No
 def test_the_same_call_gives_the_same_codes(block: Block) -> None:
     given, targets = batches(block)
     start = rounded(block, 4)
-    once, again = (tune(block, start, given, targets, 20, 4, CPU) for _ in range(2))
+    once, again = (tune(block, start, given, targets, 20, dict.fromkeys(start, 4), CPU) for _ in range(2))
     assert all(torch.equal(a, b) for name in start for a, b in zip(once[name], again[name], strict=True))
 
 
@@ -96,18 +96,18 @@ def test_errors_that_come_with_the_inputs_are_put_right(block: Block) -> None:
     drift = 0.05 * torch.randn(32, generator=torch.Generator().manual_seed(2))
     drifted = [Batch(batch.hidden + drift, batch.call, None) for batch in given]
     start = rounded(block, 4)
-    tuned = tune(block, start, drifted, targets, 120, 4, CPU)
+    tuned = tune(block, start, drifted, targets, 120, dict.fromkeys(start, 4), CPU)
     assert error(block, tuned, drifted, targets) < 0.95 * error(block, start, drifted, targets)
 
 
 def test_padding_teaches_nothing(block: Block) -> None:
     given, targets = batches(block, masked=True)
     start = rounded(block, 3)
-    clean = tune(block, start, given, targets, 20, 3, CPU)
+    clean = tune(block, start, given, targets, 20, dict.fromkeys(start, 3), CPU)
     for batch, target in zip(given, targets, strict=True):
         batch.hidden[:, 12:] = 1e3
         target[:, 12:] = -1e3
-    dirty = tune(block, start, given, targets, 20, 3, CPU)
+    dirty = tune(block, start, given, targets, 20, dict.fromkeys(start, 3), CPU)
     assert all(torch.equal(clean[name].codes, dirty[name].codes) for name in start)
 
 

@@ -113,6 +113,32 @@ def test_rounding_stays_within_half_a_step(
     assert bool(((codes.values() - weight).abs() <= 1.02 * steps + 1e-12).all())
 
 
+@given(bits=st.integers(2, 8), shift=st.floats(-2, 2), seed=st.integers(0, 10_000))
+def test_symmetric_rounding_stays_within_half_a_step_around_the_middle_code(
+    bits: int, shift: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(5, 32, generator=generator) + shift
+    low, high = full_range(weight, 16)
+    codes = nearest(weight, low, high, bits, HALF, symmetric=True)
+    assert bool((codes.zeros == 2 ** (bits - 1)).all())
+    assert int(codes.codes.max()) < 2**bits
+    steps = codes.scales.float().repeat_interleave(16, dim=1)
+    # At the ends, the rounding of the scale to float16 comes on top.
+    assert bool(((codes.values() - weight).abs() <= 0.501 * steps + 2**-10 * weight.abs()).all())
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_compensation_and_clipping_keep_symmetric_codes_symmetric_and_lessen_the_error(bits: int) -> None:
+    weight, stats = random_weight(), stats_of(outlier_inputs())
+    low, high = search_clip(weight, stats, bits, 32, HALF, symmetric=True)
+    plain = nearest(weight, *full_range(weight, 32), bits, HALF, symmetric=True)
+    ours = gptq(weight, stats, low, high, bits, HALF, symmetric=True)
+    assert bool((ours.zeros == 2 ** (bits - 1)).all())
+    better, worse = (output_error(codes.values() - weight, stats).sum() for codes in (ours, plain))
+    assert better < worse
+
+
 def test_zero_is_represented_exactly() -> None:
     weight = torch.cat([torch.zeros(4, 32), torch.rand(4, 32) + 5], dim=1)
     weight[:, 40] = 0

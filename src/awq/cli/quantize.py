@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,8 +27,22 @@ def command(
     bits: Annotated[int, typer.Option(help="Width of a code.")] = 4,
     group_size: Annotated[int, typer.Option(help="Input channels that share a scale; -1 for all.")] = 128,
     format: Annotated[
-        str, typer.Option(help="gemm (AutoAWQ's layout), float or folded (plain weights).")
+        str,
+        typer.Option(
+            help="gemm (AutoAWQ's layout, 4 bits), compressed-tensors (2, 4, 8), mlx (2 to 6, 8), gptq or "
+            "gptq_v2 (2, 3, 4, 8), float or folded (plain weights)."
+        ),
     ] = "gemm",
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric", help="Every zero point is the middle code.")
+    ] = False,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(
+            help="Choose width and group size for each layer, or leave it float, so that a weight takes so "
+            "many bits on average; in gemm and gptq only what stays float is chosen."
+        ),
+    ] = None,
     preset: Annotated[str, typer.Option(help="fast, balanced, or best (slow).")] = "balanced",
     method: Annotated[str, typer.Option(help="awq, or rtn for plain rounding.")] = "awq",
     rounding: Annotated[
@@ -69,6 +84,8 @@ def command(
         bits=bits,
         group_size=group_size,
         format=format,
+        zero_point=not symmetric,
+        target_bits=target_bits,
         method=method,
         clip=clip,
         dtype=dtype,
@@ -174,6 +191,10 @@ def print_plan(out: Console, plan: Plan) -> None:
     for reason, names in by_reason(plan.skipped).items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         table.add_row("left float", f"{names[0]}{more}: {reason}")
+    if plan.mix is not None:
+        table.add_row(
+            "bits of a weight", f"{plan.mix['bits']:.3f} on average: {_settings(plan.mix['layers'])}"
+        )
     for kind in plan.kinds:
         dropped = [fold["producer"] for fold in kind["folds"] if not fold["proved"]]
         if dropped:
@@ -186,6 +207,12 @@ def print_plan(out: Console, plan: Plan) -> None:
     if plan.resumed_at:
         table.add_row("continuing", f"{plan.resumed_at} of {plan.blocks} blocks were done before")
     out.print(table)
+
+
+def _settings(layers: dict[str, Any]) -> str:
+    """How many layers have which setting."""
+    counts = Counter(tuple(setting) for setting in layers.values())
+    return ", ".join(f"{n} of {bits} in groups of {size}" for (bits, size), n in sorted(counts.items()))
 
 
 def print_result(out: Console, folder: str, report: Report) -> None:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from awq.config import FORMAT_BITS, Setting
 from awq.errors import ConfigError
 
 # AutoAWQ's versions. Its exllama and ipex ones name a kernel: on disk they are GEMM.
@@ -25,7 +26,10 @@ _AWQ_VERSIONS = {
     "gemv-fast": "gemv_fast",
     "llm-awq": "llm_awq",
     "marlin": "marlin",
+    "codes": "codes",
 }
+# Widths that are read, where the layout holds more than 4 bits.
+_WIDTHS = FORMAT_BITS | {"codes": tuple(range(2, 9))}
 _REQUANTIZE = "start from the original weights instead"
 
 
@@ -38,14 +42,25 @@ class Detected:
         bits: width of a code.
         group_size: input channels that share a scale; -1 for the whole row.
         skipped: layers that the configuration says are float.
-        exceptions: `{layer: (bits, group_size)}` where they differ (MLX).
+        exceptions: where they differ, by the layer's name; one that begins with `re:` is a pattern.
+        symmetric: the configuration says that every zero point is the middle code.
     """
 
     layout: str
     bits: int
     group_size: int
     skipped: tuple[str, ...] = ()
-    exceptions: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    exceptions: Mapping[str, Setting] = dataclasses.field(default_factory=dict)
+    symmetric: bool = False
+
+    def setting(self, name: str) -> Setting:
+        """Width and group size of a layer."""
+        if name in self.exceptions:
+            return self.exceptions[name]
+        for pattern, setting in self.exceptions.items():
+            if pattern.startswith("re:") and re.match(pattern.removeprefix("re:"), name):
+                return setting
+        return Setting(self.bits, self.group_size)
 
 
 def entry_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -106,12 +121,14 @@ def _awq(entry: Mapping[str, Any]) -> Detected:
             f"zero_point: false has no meaning in the {layout} layout, whose tensors include zero points; "
             f"{_REQUANTIZE}"
         )
-    bits = _whole(entry, "bits", "w_bit", 4)
+    size = _whole(entry, "group_size", "q_group_size", 128)
     return Detected(
         layout,
-        _only_four(bits, layout),
-        _whole(entry, "group_size", "q_group_size", 128),
+        _held(_whole(entry, "bits", "w_bit", 4), layout),
+        size,
         tuple(entry.get("modules_to_not_convert") or ()),
+        {name: Setting(*setting) for name, setting in (entry.get("layers") or {}).items()},
+        layout == "marlin",
     )
 
 
@@ -126,8 +143,9 @@ def _gptq(entry: Mapping[str, Any]) -> Detected:
         raise ConfigError(f"GPTQ words of {entry['pack_dtype']} cannot be read, only int32; {_REQUANTIZE}")
     return Detected(
         version,
-        _only_four(_whole(entry, "bits", "bits", 4), version),
+        _held(_whole(entry, "bits", "bits", 4), version),
         _whole(entry, "group_size", "group_size", 128),
+        symmetric=entry.get("sym") is True,
     )
 
 
@@ -140,7 +158,7 @@ def _compressed_tensors(entry: Mapping[str, Any]) -> Detected:
         raise ConfigError(f"{name} format {found} cannot be read, only pack-quantized; {_REQUANTIZE}")
     if not groups:
         raise ConfigError(f"the {name} configuration has no config_groups")
-    sizes = set()
+    settings: dict[str, Setting] = {}
     for group in groups:
         weights = group.get("weights") or {}
         if group.get("input_activations"):
@@ -150,12 +168,14 @@ def _compressed_tensors(entry: Mapping[str, Any]) -> Detected:
                 f"{name} weights of type {weights.get('type')} by {weights.get('strategy')} cannot be read, "
                 f"only int by group or channel; {_REQUANTIZE}"
             )
-        _only_four(weights.get("num_bits"), name)
-        sizes.add(weights["group_size"] if weights["strategy"] == "group" else -1)
-    if len(sizes) > 1:
-        raise ConfigError(f"{name} with several group sizes ({sorted(sizes)}) cannot be read; {_REQUANTIZE}")
+        size = weights["group_size"] if weights["strategy"] == "group" else -1
+        setting = Setting(_held(weights.get("num_bits"), name), size)
+        settings |= dict.fromkeys(group.get("targets") or ["Linear"], setting)
+    # The class of all linear layers; where there are several groups, layers are told apart by name.
+    most = settings.pop("Linear", None) or next(iter(settings.values()))
     skipped = tuple(name for name in entry.get("ignore") or () if not name.startswith("re:"))
-    return Detected(name, 4, sizes.pop(), skipped)
+    symmetric = all((group.get("weights") or {}).get("symmetric") is True for group in groups)
+    return Detected(name, *most, skipped, {k: v for k, v in settings.items() if v != most}, symmetric)
 
 
 def _mlx(entry: Mapping[str, Any]) -> Detected:
@@ -163,13 +183,13 @@ def _mlx(entry: Mapping[str, Any]) -> Detected:
     if mode != "affine":
         raise ConfigError(f"MLX mode {mode!r} cannot be read, only affine; {_REQUANTIZE}")
     bits, size = _whole(entry, "bits", "bits", 4), _whole(entry, "group_size", "group_size", 64)
-    exceptions: dict[str, tuple[int, int]] = {}
+    exceptions: dict[str, Setting] = {}
     skipped = []
     for layer, value in entry.items():
         if isinstance(value, Mapping):
             if value.get("mode", "affine") != "affine":
                 raise ConfigError(f"{layer} is in MLX mode {value['mode']!r}; only affine can be read")
-            exceptions[layer] = (
+            exceptions[layer] = Setting(
                 _whole(value, "bits", "bits", bits),
                 _whole(value, "group_size", "group_size", size),
             )
@@ -185,98 +205,12 @@ def _whole(entry: Mapping[str, Any], name: str, old_name: str, default: int) -> 
     return value
 
 
-def _only_four(bits: Any, layout: str) -> int:
-    if bits != 4:
+def _held(bits: Any, layout: str) -> int:
+    """A width, if the layout has it."""
+    widths = _WIDTHS.get(layout, (4,))
+    if bits not in widths:
         raise ConfigError(
-            f"{layout} checkpoints of {bits} bits cannot be read, only those of 4; {_REQUANTIZE}"
+            f"{layout} checkpoints of {bits} bits cannot be read, only those of "
+            f"{', '.join(map(str, widths))}; {_REQUANTIZE}"
         )
-    return 4
-
-
-def entry_for(
-    layout: str,
-    bits: int,
-    group_size: int,
-    skipped: list[str],
-    quantized_head: bool = False,
-    symmetric: bool = False,
-) -> dict[str, Any]:
-    """What `config.json` must say about a checkpoint in a layout: `{key: value}`, empty for plain weights.
-
-    Args:
-        layout: a name in `LAYOUTS`.
-        bits: width of a code.
-        group_size: -1 for the whole row.
-        skipped: full paths of every linear layer left float.
-        quantized_head: the output head holds codes too.
-        symmetric: every zero point is the middle code. Engines whose GPTQ kernels know nothing else refuse a
-            checkpoint that does not say so.
-    """
-    if layout == "float":
-        return {}
-    if layout == "mlx":
-        return {"quantization": {"group_size": group_size, "bits": bits, "mode": "affine"}}
-    if layout == "compressed-tensors":
-        return {"quantization_config": _compressed_entry(group_size, skipped, quantized_head)}
-    if layout in ("gptq", "gptq_v2"):
-        # The head is never quantized unless `lm_head` says so, and needs no mention.
-        floats = [name for name in skipped if name != "lm_head"]
-        entry: dict[str, Any] = {
-            "quant_method": "gptq",
-            "bits": bits,
-            "group_size": group_size,
-            "desc_act": False,
-            "sym": symmetric,
-            "lm_head": quantized_head,
-            "checkpoint_format": layout,
-        }
-        if floats:
-            entry["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in floats}
-        return {"quantization_config": entry}
-    entry = {
-        "quant_method": "awq",
-        "bits": bits,
-        "group_size": group_size,
-        "zero_point": layout != "marlin",
-        "version": "gemv_fast" if layout == "llm_awq" else layout,
-        "modules_to_not_convert": skipped,
-    }
-    if layout == "llm_awq":
-        entry["backend"] = "llm-awq"
-    if quantized_head:
-        entry["lm_head"] = True
-    return {"quantization_config": entry}
-
-
-def _compressed_entry(group_size: int, skipped: list[str], quantized_head: bool) -> dict[str, Any]:
-    by_row = group_size == -1
-    weights = {
-        "num_bits": 4,
-        "type": "int",
-        "symmetric": False,
-        "strategy": "channel" if by_row else "group",
-        "group_size": None if by_row else group_size,
-        "dynamic": False,
-        "observer": "minmax",
-        "observer_kwargs": {},
-        "actorder": None,
-        "block_structure": None,
-    }
-    # A tied head has no tensor of its own, and is a linear layer all the same.
-    ignore = skipped if quantized_head or "lm_head" in skipped else [*skipped, "lm_head"]
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": weights,
-                "input_activations": None,
-                "output_activations": None,
-            }
-        },
-        "ignore": ignore,
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
-    }
+    return int(bits)

@@ -35,7 +35,7 @@ def supports(out_features: int, in_features: int, group_size: int, bits: int) ->
 
 
 def packed_shapes(
-    out_features: int, in_features: int, group_size: int, scales_dtype: torch.dtype
+    out_features: int, in_features: int, group_size: int, scales_dtype: torch.dtype, bits: int = 4
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of each tensor, by suffix."""
     groups = in_features // group_size

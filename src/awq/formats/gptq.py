@@ -1,14 +1,17 @@
 """The layout of GPTQ checkpoints (AutoGPTQ, GPTQModel), in its two versions.
 
-For a linear layer of K inputs and N outputs with groups of g inputs:
+For a linear layer of K inputs and N outputs with groups of g inputs and codes of b bits:
 
-    qweight  int32   [K / 8, N]      codes, eight inputs to a word, the first one in the low bits
-    qzeros   int32   [K / g, N / 8]  zero points, eight outputs to a word; version 1 stores them minus 1
+    qweight  int32   [K * b / 32, N]      codes, input by input, the first one in the low bits of a word
+    qzeros   int32   [K / g, N * b / 32]  zero points, output by output; version 1 stores them minus 1
     scales   float16 [K / g, N]
-    g_idx    int32   [K]             the group of each input
+    g_idx    int32   [K]                  the group of each input
 
-Version 1 cannot hold a zero point of 0: minus 1 becomes 15, which some readers take for 0 and others for 16,
-and some writers borrowed from the neighbour. Such weights are refused both ways; version 2 holds them all.
+With 3 bits some codes begin in one word and end in the next: 32 of them fill three words.
+
+Version 1 cannot hold a zero point of 0: minus 1 becomes all ones (15 with 4 bits), which some readers take
+for 0 and others for 16, and some writers borrowed from the neighbour. Such weights are refused both ways;
+version 2 holds them all.
 
 A `g_idx` that scatters a group over the row (act-order, `desc_act`) has no form in the other layouts, unless
 the inputs themselves are reordered. One that only reorders whole groups is undone exactly.
@@ -22,9 +25,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from awq.config import FORMAT_BITS
 from awq.errors import ConfigError, CorruptFileError
-from awq.formats.layout import LayerShape, grouped, pack_nibbles, refuse, unpack_nibbles, words_both_ways
+from awq.formats.layout import LayerShape, grouped, refuse, words_both_ways
+from awq.formats.stream import codes_in, pack_stream, unpack_stream
 from awq.weight import QuantizedWeight
+
+_BITS = FORMAT_BITS["gptq"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,24 +44,26 @@ class Gptq:
 
     def supports(self, out_features: int, in_features: int, group_size: int, bits: int) -> str | None:
         """Why a layer cannot be held, or None when it can."""
+        if bits not in _BITS:
+            return f"GPTQ checkpoints hold {', '.join(map(str, _BITS))} bits, not {bits}"
         return words_both_ways(out_features, in_features, group_size, bits)
 
     def packed_shapes(
-        self, out_features: int, in_features: int, group_size: int, scales_dtype: torch.dtype
+        self, out_features: int, in_features: int, group_size: int, scales_dtype: torch.dtype, bits: int = 4
     ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of each tensor, by suffix."""
         groups = in_features // group_size
         return {
-            "qweight": (torch.int32, (in_features // 8, out_features)),
-            "qzeros": (torch.int32, (groups, out_features // 8)),
+            "qweight": (torch.int32, (in_features * bits // 32, out_features)),
+            "qzeros": (torch.int32, (groups, out_features * bits // 32)),
             "scales": (scales_dtype, (groups, out_features)),
             "g_idx": (torch.int32, (in_features,)),
         }
 
     def measure(self, shapes: Mapping[str, tuple[int, ...]], bits: int, group_size: int) -> LayerShape:
-        """The layer's measures; the shapes alone tell them."""
+        """The layer's measures; the width of a code must be known."""
         words, out_features = shapes["qweight"]
-        return grouped(out_features, words * 8, shapes["scales"][0])
+        return grouped(out_features, codes_in(words, bits), shapes["scales"][0])
 
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """Pack a weight.
@@ -69,8 +78,8 @@ class Gptq:
             )
         index = torch.arange(weight.in_features, dtype=torch.int32) // weight.group_size
         return {
-            "qweight": pack_nibbles(weight.codes).t().contiguous(),
-            "qzeros": pack_nibbles(weight.zeros.t() - self.offset),
+            "qweight": pack_stream(weight.codes, weight.bits).t().contiguous(),
+            "qzeros": pack_stream(weight.zeros.t() - self.offset, weight.bits),
             "scales": weight.scales.t().contiguous(),
             "g_idx": index,
         }
@@ -83,11 +92,13 @@ class Gptq:
         Raises:
             CorruptFileError: groups are scattered by act-order, or a zero point is ambiguous.
         """
-        codes = unpack_nibbles(tensors["qweight"].t())
-        stored = unpack_nibbles(tensors["qzeros"]).t()
-        if self.offset and bool((stored == 15).any()):
+        codes = unpack_stream(tensors["qweight"].t(), bits)
+        stored = unpack_stream(tensors["qzeros"], bits).t()
+        most = 2**bits - 1
+        if self.offset and bool((stored == most).any()):
             raise CorruptFileError(
-                "a zero point is stored as 15, which readers of the first GPTQ format take for 0 or for 16"
+                f"a zero point is stored as {most}, which readers of the first GPTQ format take for 0 or for "
+                f"{most + 1}"
             )
         scales, zeros = tensors["scales"].t(), stored + self.offset
         if "g_idx" in tensors:

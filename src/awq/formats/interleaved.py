@@ -62,7 +62,7 @@ class Interleaved:
         return groups_supported(in_features, group_size)
 
     def packed_shapes(
-        self, out_features: int, in_features: int, group_size: int, scales_dtype: torch.dtype
+        self, out_features: int, in_features: int, group_size: int, scales_dtype: torch.dtype, bits: int = 4
     ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of each tensor, by suffix. Scales are float16, whatever is asked."""
         rows = padded_words(in_features, group_size) * 8

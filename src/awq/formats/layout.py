@@ -8,6 +8,7 @@ three families store their product with the scale instead (`zero * scale`, round
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -47,7 +48,7 @@ class Layout(Protocol):
         """Why a layer cannot be held, or None when it can."""
 
     def packed_shapes(
-        self, out_features: int, in_features: int, group_size: int, scales_dtype: torch.dtype
+        self, out_features: int, in_features: int, group_size: int, scales_dtype: torch.dtype, bits: int = 4
     ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of each tensor that stands for a layer's weight, by suffix."""
 
@@ -95,10 +96,9 @@ def divides(in_features: int, group_size: int) -> str | None:
 
 def words_both_ways(out_features: int, in_features: int, group_size: int, bits: int) -> str | None:
     """Why a layout that packs codes by inputs and zero points by outputs cannot hold a layer, or None."""
-    if bits != 4:
-        return f"the layout is served with 4 bits here, not {bits}"
-    if out_features % 8 or in_features % 8:
-        return f"{out_features} outputs of {in_features} inputs do not divide by 8"
+    least = 32 // math.gcd(32, bits)  # fewer codes fill no whole words
+    if out_features % least or in_features % least:
+        return f"{out_features} outputs of {in_features} inputs do not divide by {least}"
     return divides(in_features, group_size)
 
 

@@ -17,13 +17,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from awq.config import FORMAT_BITS
 from awq.errors import CorruptFileError
 from awq.formats.layout import LayerShape, divides, grouped, integer_zeros, refuse, scaled_zeros
+from awq.formats.stream import codes_in, pack_stream, unpack_stream
 from awq.weight import QuantizedWeight
 
 names = ("scales", "biases", "weight")
 optional: tuple[str, ...] = ()
-_BITS = (2, 3, 4, 5, 6, 8)
+_BITS = FORMAT_BITS["mlx"]
 _GROUPS = (32, 64, 128)
 
 
@@ -37,12 +39,12 @@ def supports(out_features: int, in_features: int, group_size: int, bits: int) ->
 
 
 def packed_shapes(
-    out_features: int, in_features: int, group_size: int, scales_dtype: torch.dtype
+    out_features: int, in_features: int, group_size: int, scales_dtype: torch.dtype, bits: int = 4
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of each tensor of 4 bits, by suffix."""
+    """Dtype and shape of each tensor, by suffix."""
     groups = in_features // group_size
     return {
-        "weight": (torch.uint32, (out_features, in_features // 8)),
+        "weight": (torch.uint32, (out_features, in_features * bits // 32)),
         "scales": (scales_dtype, (out_features, groups)),
         "biases": (scales_dtype, (out_features, groups)),
     }
@@ -51,7 +53,7 @@ def packed_shapes(
 def measure(shapes: Mapping[str, tuple[int, ...]], bits: int, group_size: int) -> LayerShape:
     """The layer's measures; the width of a code must be known."""
     out_features, words = shapes["weight"]
-    return grouped(out_features, words * 32 // bits, shapes["scales"][1])
+    return grouped(out_features, codes_in(words, bits), shapes["scales"][1])
 
 
 def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -62,7 +64,7 @@ def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
     """
     refuse(supports(weight.out_features, weight.in_features, weight.group_size, weight.bits))
     return {
-        "weight": pack_bits(weight.codes, weight.bits),
+        "weight": pack_stream(weight.codes, weight.bits).view(torch.uint32),
         "scales": weight.scales.contiguous(),
         "biases": scaled_zeros(weight, weight.scales.dtype),
     }
@@ -74,7 +76,7 @@ def unpack(tensors: Mapping[str, Tensor], bits: int = 4, group_size: int | None 
     Raises:
         CorruptFileError: the tensors do not belong together, or an offset is no zero point.
     """
-    codes, scales = unpack_bits(tensors["weight"], bits), tensors["scales"]
+    codes, scales = unpack_stream(tensors["weight"], bits), tensors["scales"]
     if scales.shape != tensors["biases"].shape:
         raise CorruptFileError(f"{tuple(scales.shape)} scales have {tuple(tensors['biases'].shape)} biases")
     return QuantizedWeight(codes, scales, integer_zeros(tensors["biases"], scales, bits), bits)
@@ -82,22 +84,7 @@ def unpack(tensors: Mapping[str, Tensor], bits: int = 4, group_size: int | None 
 
 def dequantize(tensors: Mapping[str, Tensor], bits: int) -> Tensor:
     """Values float32 `[N, K]` of any affine weight, whether its offsets are zero points or not."""
-    codes, scales = unpack_bits(tensors["weight"], bits), tensors["scales"]
+    codes, scales = unpack_stream(tensors["weight"], bits), tensors["scales"]
     grouped_codes = codes.view(*scales.shape, -1).float()
     values = grouped_codes * scales.unsqueeze(-1).float() + tensors["biases"].unsqueeze(-1).float()
     return values.view(codes.shape)
-
-
-def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Codes uint8 `[N, K]` as words uint32 `[N, K * bits / 32]`."""
-    places = torch.arange(bits, dtype=torch.uint8)
-    stream = ((codes.unsqueeze(-1) >> places) & 1).view(codes.shape[0], -1, 8)
-    octets = (stream << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
-    return octets.view(torch.uint32)
-
-
-def unpack_bits(words: Tensor, bits: int) -> Tensor:
-    """Undo `pack_bits`."""
-    octets = words.contiguous().view(torch.uint8)
-    stream = ((octets.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1).view(words.shape[0], -1, bits)
-    return (stream << torch.arange(bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)

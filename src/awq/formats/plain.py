@@ -21,7 +21,7 @@ def supports(out_features: int, in_features: int, group_size: int, bits: int) ->
 
 
 def packed_shapes(
-    out_features: int, in_features: int, group_size: int, scales_dtype: torch.dtype
+    out_features: int, in_features: int, group_size: int, scales_dtype: torch.dtype, bits: int = 4
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """One tensor, `weight` `[out_features, in_features]`, in the dtype given."""
     return {"weight": (scales_dtype, (out_features, in_features))}

@@ -16,7 +16,7 @@ from awq.hf.registration import register
 from awq.kernels import kernel_names
 from awq.model.classes import auto_class
 from awq.model.fetch import resolve
-from awq.model.quantized import quantization_entry
+from awq.model.quantized import QuantizedCheckpoint, quantization_entry
 from awq.model.weights import CheckpointReader, read_json
 
 
@@ -39,8 +39,8 @@ def load_quantized(
 ) -> Any:
     """Load an AWQ checkpoint as a transformers model in eval mode.
 
-    Codes of GPTQ, compressed-tensors and MLX are loaded too where they map exactly (4 bits, whole zero
-    points, no act-order); `awq convert` does the same once and for all.
+    Codes of GPTQ, compressed-tensors and MLX are loaded too where they map exactly (whole zero points, no
+    act-order); `awq convert` does the same once and for all.
 
     Args:
         path: a folder, or a hub name.
@@ -94,7 +94,8 @@ def load_quantized(
 
 
 def _load_foreign(folder: Path, **options: Any) -> Any:
-    """Load GPTQ, compressed-tensors or MLX codes, by way of a temporary folder in the GEMM layout.
+    """Load GPTQ, compressed-tensors or MLX codes, by way of a temporary folder in the GEMM layout, or with a
+    byte for each code where that has no such width, or several.
 
     transformers has quantizers of its own for these, which want other packages; the codes are the same.
     """
@@ -106,12 +107,21 @@ def _load_foreign(folder: Path, **options: Any) -> Any:
     if isinstance(device_map, dict) and "disk" in device_map.values():
         raise ConfigError(
             f"{folder} is in a layout that is converted while it is loaded, and cannot stay on disk: convert "
-            "it first (awq convert FOLDER OUT --to gemm), and load the result"
+            "it first (awq convert FOLDER OUT --to gemm, or --to codes), and load the result"
         )
     with tempfile.TemporaryDirectory(prefix="awq-load-", ignore_cleanup_errors=True) as temporary:
-        converted = Path(temporary) / "gemm"
-        convert(folder, converted, "gemm")
+        converted = Path(temporary) / "converted"
+        convert(folder, converted, _layout_for(folder))
         return load_quantized(converted, **options)
+
+
+def _layout_for(folder: Path) -> str:
+    """The layout through which a checkpoint is loaded."""
+    checkpoint = QuantizedCheckpoint(folder)
+    kinds = {(layer.bits, layer.shape.group_size) for layer in checkpoint.layers.values()}
+    # A group as long as the row has as many sizes as rows have lengths.
+    mixed = len(kinds) > 1 and checkpoint.detected.group_size != -1
+    return "codes" if mixed or any(bits != 4 for bits, _ in kinds) else "gemm"
 
 
 def _entry(folder: Path) -> dict[str, Any]:

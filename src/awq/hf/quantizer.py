@@ -66,7 +66,7 @@ class AwqQuantizer(HfQuantizer):
                 )
             tensors.update(read_header(file)[0])
         found = detect(self.quantization_config.to_dict(), {key.rpartition(".")[2] for key in tensors})
-        replace_layers(model, Stored(tensors, found.bits, found.group_size, found.layout))
+        replace_layers(model, Stored(tensors, found))
         self.has_experts = any(isinstance(module, QuantExperts) for module in model.modules())
         raise_on_differences(model, tensors)
         self._dtypes = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point()}

@@ -16,6 +16,7 @@ from torch import nn
 
 from awq.errors import LoadError
 from awq.formats import get_format
+from awq.formats.detect import Detected
 from awq.model.conv1d import as_linear
 from awq.model.experts import Part, parts_of
 from awq.model.fuse import expert_place
@@ -31,14 +32,16 @@ class Stored:
 
     Args:
         tensors: by checkpoint key.
-        bits, group_size: as its configuration says; -1 for one group per row.
-        layout: a name in `awq.formats`.
+        found: what its configuration says.
     """
 
     tensors: Mapping[str, TensorInfo]
-    bits: int = 4
-    group_size: int = 128
-    layout: str = "gemm"
+    found: Detected
+
+    @property
+    def layout(self) -> str:
+        """A name in `awq.formats`."""
+        return self.found.layout
 
     def layer(
         self, stem: str, out_features: int, in_features: int, dtype: torch.dtype, bias: bool
@@ -48,9 +51,10 @@ class Stored:
         Raises:
             LoadError: they do not fit it.
         """
-        group_size = in_features if self.group_size == -1 else self.group_size
-        reason = get_format(self.layout).supports(out_features, in_features, group_size, self.bits)
-        shapes = get_format(self.layout).packed_shapes(out_features, in_features, group_size, dtype)
+        setting = self.found.setting(stem)
+        bits, group_size = setting.bits, setting.size(in_features)
+        reason = get_format(self.layout).supports(out_features, in_features, group_size, bits)
+        shapes = get_format(self.layout).packed_shapes(out_features, in_features, group_size, dtype, bits)
         scales_dtype = dtype
         for suffix, (kind, shape) in shapes.items():
             info = self.tensors.get(f"{stem}.{suffix}")
@@ -67,7 +71,7 @@ class Stored:
             in_features,
             out_features,
             group_size,
-            self.bits,
+            bits,
             bias,
             dtype=dtype,
             scales_dtype=scales_dtype,

@@ -58,8 +58,8 @@ class CpuInt4:
         """Why a layer cannot be served."""
         if spec.device != "cpu":
             return f"it runs on the CPU, not on {spec.device}"
-        if spec.bits != 4:
-            return f"it multiplies 4 bits, not {spec.bits}"
+        if spec.bits > 4:
+            return f"{spec.bits} bits do not fit a nibble"
         if spec.group_size not in _GROUPS:
             return f"it takes groups of {_GROUPS}, not {spec.group_size}"
         if spec.out_features % 16:

@@ -58,8 +58,8 @@ class CpuNative:
         """Why a layer cannot be served."""
         if spec.device != "cpu":
             return f"it runs on the CPU, not on {spec.device}"
-        if spec.bits != 4:
-            return f"it multiplies 4 bits, not {spec.bits}"
+        if spec.bits > 4:
+            return f"{spec.bits} bits do not fit a nibble"
         if spec.group_size % 8:
             return f"groups of {spec.group_size} do not divide by 8"
         found = native.load()

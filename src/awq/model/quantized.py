@@ -100,7 +100,7 @@ class QuantizedCheckpoint:
                 f"{self.folder}: {name} holds experts stacked in one tensor, which the other layouts keep "
                 "apart; start from the original weights instead"
             )
-        bits, group_size = self.detected.exceptions.get(name, (self.detected.bits, self.detected.group_size))
+        bits, group_size = self.detected.setting(name)
         try:
             return Layer(name, keys, self.layout.measure(shapes, bits, group_size), bits)
         except CorruptFileError as error:

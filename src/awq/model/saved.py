@@ -39,12 +39,14 @@ class SavedReader(CheckpointReader):
         Raises:
             CorruptFileError: a tensor is there neither as it was nor quantized.
         """
-        yield from super().read([key for key in keys if key in self.tensors])
+        # Codes may have the name of the weight that they stand for: MLX's do.
+        coded = set() if self._codes is None else {f"{layer}.weight" for layer in self._codes.layers}
+        yield from super().read([key for key in keys if key in self.tensors and key not in coded])
         for key in keys:
-            if key in self.tensors:
+            if key in self.tensors and key not in coded:
                 continue
             layer = key.removesuffix(".weight")
-            if self._codes is None or layer not in self._codes.layers:
+            if self._codes is None or key not in coded:
                 raise CorruptFileError(f"{self.folder} lacks {key}, which the original model has")
             values = self._codes.values(layer)
             yield key, values.t().contiguous() if key in self._transposed else values

@@ -45,7 +45,7 @@ class DequantizedWeight(Tensor):
 
 
 class QuantLinear(nn.Linear):
-    """Computes x Wᵀ + b for a weight of 4-bit codes.
+    """Computes x Wᵀ + b for a weight of codes.
 
     Args:
         in_features, out_features: measures of the weight.
@@ -79,7 +79,7 @@ class QuantLinear(nn.Linear):
         self.layout = layout
         # Stands in the place of a GPT-2 `Conv1D`, and is dequantized to one.
         self.of_conv1d = False
-        shapes = get_format(layout).packed_shapes(out_features, in_features, group_size, scales_dtype)
+        shapes = get_format(layout).packed_shapes(out_features, in_features, group_size, scales_dtype, bits)
         self._packed = tuple(shapes)
         for name, (kind, shape) in shapes.items():
             self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
@@ -105,6 +105,7 @@ class QuantLinear(nn.Linear):
             dtype=weight.scales.dtype if bias is None else bias.dtype,
             scales_dtype=weight.scales.dtype,
             device="meta",
+            layout="gemm" if weight.bits == 4 else "codes",
         )
         for name, tensor in get_format(layer.layout).pack(weight).items():
             setattr(layer, name, tensor)

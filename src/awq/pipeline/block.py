@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from awq.config import QuantConfig
+from awq.config import QuantConfig, Setting
 from awq.kernels.triton_panel import mover_for, panel_for
 from awq.model.groups import Fold, Structure, linears_of, scale_rows
 from awq.model.invariance import apply
@@ -81,7 +81,7 @@ def quantize_block(
     reload: Callable[[], None],
     structure: Structure,
     folds: Sequence[Fold],
-    layers: Sequence[str],
+    layers: Mapping[str, Setting],
     stats: dict[str, InputStats],
     judge: Callable[[], float],
     config: QuantConfig,
@@ -99,7 +99,7 @@ def quantize_block(
         reload: puts the original weights in place again.
         structure: shared inputs.
         folds: proven folds.
-        layers: names of the layers to quantize.
+        layers: the layers to quantize, and to what.
         stats: statistics of the inputs under the original weights.
         judge: the block's relative output error as it stands.
         config: what to quantize to.
@@ -186,7 +186,7 @@ def make_judge(
 def _fold(
     block: nn.Module,
     fold: Fold,
-    layers: Sequence[str],
+    layers: Mapping[str, Setting],
     stats: dict[str, InputStats],
     first_of: dict[str, str],
     config: QuantConfig,
@@ -195,19 +195,23 @@ def _fold(
 ) -> str:
     """Search a fold's scale, fold it in, and update the statistics; returns how the scale was made."""
     linears = linears_of(block)
-    by_input: dict[str, list[Tensor]] = {}
+    by_input: dict[str, list[str]] = {}
     for name in fold.consumers:
         if name in layers:
-            by_input.setdefault(first_of[name], []).append(linears[name].weight.data)
+            by_input.setdefault(first_of[name], []).append(name)
     if not by_input:
         return "none of its readers is quantized"
+
+    def weights_of(names: list[str]) -> list[Tensor]:
+        return [linears[name].weight.data for name in names]
+
     # Where readers have several inputs, the scale is made for the input of most weights.
-    first, readers = max(by_input.items(), key=lambda item: sum(weight.numel() for weight in item[1]))
-    width = readers[0].shape[1]
+    first, readers = max(by_input.items(), key=lambda item: sum(w.numel() for w in weights_of(item[1])))
     grid = ScaleGrid(
-        config.bits, config.effective_group_size(width), scale_dtype, config.scale_steps, config.duo_scaling
+        *config.setting, scale_dtype, config.scale_steps, config.duo_scaling, not config.zero_point
     )
-    choice = search_scale(readers, stats[first], grid, fold.tie)
+    settings = [layers[name] for name in readers]
+    choice = search_scale(weights_of(readers), stats[first], grid, fold.tie, settings)
     if choice.label == "identity":
         return choice.label
     scale = storable(block.get_submodule(fold.producer), fold, choice.scale, stored_dtypes)
@@ -238,7 +242,7 @@ def storable(producer: nn.Module, fold: Fold, scale: Tensor, stored_dtypes: dict
 
 def _round(
     block: nn.Module,
-    layers: Sequence[str],
+    layers: Mapping[str, Setting],
     stats: dict[str, InputStats],
     first_of: dict[str, str],
     config: QuantConfig,
@@ -250,38 +254,39 @@ def _round(
 
     Layers that share an input are stacked: rows are independent of one another.
     """
-    linears = linears_of(block)
+    linears, symmetric = linears_of(block), not config.zero_point
     out: dict[str, dict[str, Codes]] = {rounding: {} for rounding in roundings}
     for first, members in _stacks(linears, layers, first_of):
         weight = torch.cat([linears[name].weight.data for name in members])
-        size = config.effective_group_size(weight.shape[1])
+        bits, size = layers[members[0]].bits, layers[members[0]].size(weight.shape[1])
         seen = stats[first]
         if clip and seen.tokens:
-            low, high = search_clip(weight, seen, config.bits, size, dtype)
+            low, high = search_clip(weight, seen, bits, size, dtype, symmetric=symmetric)
         else:
             low, high = full_range(weight, size)
         rows = [linears[name].out_features for name in members]
         for rounding in roundings:
             if rounding == "gptq":
                 panel = panel_for(weight.device) or round_panel
-                stacked = gptq(weight, seen, low, high, config.bits, dtype, panel)
+                stacked = gptq(weight, seen, low, high, bits, dtype, panel, symmetric)
                 mover = mover_for(weight.device)
-                stacked = refine(weight, seen, stacked, config.bits, config.refine, mover)
+                stacked = refine(weight, seen, stacked, bits, config.refine, mover)
             else:
-                stacked = nearest(weight, low, high, config.bits, dtype)
+                stacked = nearest(weight, low, high, bits, dtype, symmetric)
             for name, *parts in zip(members, *(tensor.split(rows) for tensor in stacked), strict=True):
                 out[rounding][name] = Codes(*parts)
     return out
 
 
 def _stacks(
-    linears: dict[str, nn.Linear], layers: Sequence[str], first_of: dict[str, str]
+    linears: dict[str, nn.Linear], layers: Mapping[str, Setting], first_of: dict[str, str]
 ) -> Iterator[tuple[str, list[str]]]:
-    """Layers with a common input, as many at a time as may be stacked; with the first layer of that input."""
-    together: dict[str, list[str]] = {}
-    for name in layers:
-        together.setdefault(first_of[name], []).append(name)
-    for first, members in together.items():
+    """Layers with a common input that are quantized alike, as many at a time as may be stacked; with the
+    first layer of that input."""
+    together: dict[tuple[str, Setting], list[str]] = {}
+    for name, setting in layers.items():
+        together.setdefault((first_of[name], setting), []).append(name)
+    for (first, _), members in together.items():
         stack: list[str] = []
         size = 0
         for name in members:

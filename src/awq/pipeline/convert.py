@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from awq.config import Setting
 from awq.errors import ConfigError, OutputExistsError
-from awq.formats import LAYOUTS
-from awq.formats.detect import entry_for
+from awq.formats import get_format
+from awq.formats.entry import MIXING, NO_CONV1D, entry_for
 from awq.formats.layout import exact_scales
 from awq.model.conv1d import conv1d_layers
 from awq.model.fetch import resolve
@@ -37,9 +38,9 @@ from awq.pipeline.writer import (
 )
 
 # Layouts that `convert` writes. Plain weights are written by `export`, under the name fp16.
-TARGETS = ("gemm", "gemv", "gemv_fast", "llm_awq", "gptq", "gptq_v2", "compressed-tensors", "mlx")
-# Layouts whose readers would turn the layers of a GPT-2 as they turn its float weights.
-_NO_CONV1D = ("compressed-tensors", "mlx")
+TARGETS = (
+    *("gemm", "gemv", "gemv_fast", "llm_awq", "gptq", "gptq_v2", "compressed-tensors", "mlx", "codes"),
+)
 # Layouts that are only read, and why.
 _READ_ONLY = {
     "marlin": "no engine reads it from disk: those with Marlin kernels arrange `gemm` for them as they load, "
@@ -137,15 +138,18 @@ class _Job:
         progress: Told | None,
     ) -> None:
         self.source, self.to, self.progress = source, to, progress
-        self.layout = LAYOUTS[to]
+        # Whether zero points may be left out must be known before they are read.
+        self.layout = get_format(to, source.detected.symmetric)
         self.turned = conv1d_layers(source.folder, source.layers)
-        if self.turned and to in _NO_CONV1D:
+        if self.turned and to in NO_CONV1D:
             raise ConfigError(
                 f"{min(self.turned)} is a Conv1D, which no reader of the {to} layout takes; export to fp16"
             )
         # MLX computes in the scales' dtype, and wants every float tensor in it.
         self.dtype = self._scales_dtype(next(iter(source.layers.values()))) if to == "mlx" else dtype
-        self.group_size = self._group_size()
+        kept = [layer for layer in source.layers.values() if to == "float" or not self._dequantized(layer)]
+        self.settings = {layer.name: self._setting(layer) for layer in kept}
+        self.setting = self._common_setting()
         wholes = experts_to_fuse(source.folder, source.layers) if to == "float" else []
         self.whole_of = {name: whole for whole in wholes for name in whole.members}
         self.symmetric = True  # until a zero point is seen that is not the middle code
@@ -202,7 +206,7 @@ class _Job:
         reason = self.layout.supports(out, into, group, layer.bits)
         if reason:
             raise ConfigError(f"{layer.name} does not fit the {self.to} layout: {reason}")
-        shapes = self.layout.packed_shapes(out, into, group, self._scales_dtype(layer))
+        shapes = self.layout.packed_shapes(out, into, group, self._scales_dtype(layer), layer.bits)
         for suffix, (dtype, shape) in shapes.items():
             yield tensor_plan(f"{layer.name}.{suffix}", dtype, shape)
 
@@ -240,7 +244,7 @@ class _Job:
             values = values.t().contiguous() if layer.name in self.turned else values
             return {"weight": cast(values, dtype, layer.name)}
         weight = self.source.weight(layer.name)
-        self.symmetric = self.symmetric and bool((weight.zeros == 8).all())
+        self.symmetric = self.symmetric and weight.symmetric
         try:
             return self.layout.pack(dataclasses.replace(weight, scales=exact_scales(weight.scales, dtype)))
         except ConfigError as error:
@@ -267,17 +271,24 @@ class _Job:
         kept = self.to == "float" and stored == "F32" and self.source.dtype != torch.float32
         return None if kept else self.dtype
 
-    def _group_size(self) -> int:
-        """The one that the configuration names."""
-        if self.source.detected.group_size == -1 and self.to != "mlx":
-            return -1
-        sizes = {layer.shape.group_size for layer in self.source.layers.values()}
-        if len(sizes) > 1 and self.to != "float":
+    def _setting(self, layer: Layer) -> Setting:
+        """What the configuration says about a layer."""
+        whole_rows = self.source.detected.setting(layer.name).group_size == -1
+        return Setting(layer.bits, -1 if whole_rows and self.to != "mlx" else layer.shape.group_size)
+
+    def _common_setting(self) -> Setting:
+        """The one that the configuration names first: that of most weights."""
+        weights: dict[Setting, int] = {}
+        for name, setting in self.settings.items():
+            shape = self.source.layers[name].shape
+            weights[setting] = weights.get(setting, 0) + shape.out_features * shape.in_features
+        if len(weights) > 1 and self.to != "float" and self.to not in MIXING:
+            found = ", ".join(f"{bits} bits in groups of {size}" for bits, size in sorted(weights))
             raise ConfigError(
-                f"{self.source.folder} has groups of several sizes ({', '.join(map(str, sorted(sizes)))}), "
-                f"and the {self.to} layout's configuration names one"
+                f"{self.source.folder} has layers of several kinds ({found}), and the {self.to} layout's "
+                f"configuration names one; {', '.join(MIXING)} name several"
             )
-        return sizes.pop()
+        return max(weights, key=lambda setting: weights[setting])
 
     def _config(self) -> dict[str, Any]:
         source = self.source
@@ -292,7 +303,9 @@ class _Job:
         if self.dtype is not None:
             value.pop("torch_dtype", None)
             value["dtype"] = str(self.dtype).removeprefix("torch.")
-        return value | entry_for(self.to, 4, self.group_size, skipped, head is not None, self.symmetric)
+        symmetric = self.symmetric and (self.to != "compressed-tensors" or source.detected.symmetric)
+        entry = entry_for(self.to, *self.setting, skipped, head is not None, symmetric, self.settings)
+        return value | entry
 
     def _notes(self) -> list[str]:
         notes = []

@@ -66,6 +66,7 @@ def discover(
                 named[first],
                 shared[first],
                 overrides,
+                _turned(skeleton, name, block),
             )
         skeleton.unload(block)
         kinds.append(kind)
@@ -105,6 +106,15 @@ def _named(skeleton: Skeleton, name: str, block: nn.Module, config: QuantConfig)
     hub = {layer: skeleton.keys[f"{name}.{layer}.weight"] for layer in linears_of(block)}
     parts = config.modules_to_not_convert
     return frozenset(layer for layer, key in hub.items() if any(part in key for part in parts))
+
+
+def _turned(skeleton: Skeleton, name: str, block: nn.Module) -> frozenset[str]:
+    """Linear layers of a block that the model keeps in a `Conv1D`."""
+    return frozenset(
+        layer
+        for layer in linears_of(block)
+        if skeleton.keys.get(f"{name}.{layer}.weight") in skeleton.transposed
+    )
 
 
 @contextmanager

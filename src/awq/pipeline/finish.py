@@ -6,17 +6,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
 
-from awq.config import PLAIN_FORMATS, QuantConfig
+from awq.config import PLAIN_FORMATS, QuantConfig, Setting
 from awq.errors import WeightError
+from awq.formats.entry import entry_for
 from awq.model import Skeleton
 from awq.model.weights import FLOAT_DTYPES
 from awq.pipeline.journal import Journal
-from awq.pipeline.preflight import Files
+from awq.pipeline.preflight import Files, storage_dtype
 from awq.pipeline.report import Report, write_json
 from awq.pipeline.writer import ShardWriter, disk_errors
 
@@ -35,12 +36,14 @@ def finish(
     out: Path,
     config: QuantConfig,
     skipped: list[str],
+    layers: Mapping[str, Setting],
     report: Report,
 ) -> None:
     """Carry over untouched tensors and files, publish the shards, and write the configuration.
 
     Args:
         skipped: names, as the checkpoint has them, of every linear layer left float.
+        layers: the quantized ones, and what each is quantized to.
     """
     for key in () if journal.complete else files.copies:
         info = skeleton.reader.tensors[key]
@@ -53,7 +56,7 @@ def finish(
     writer.publish(out)
     copy_files(skeleton.folder, out, _REWRITTEN)
     write_json(out / REPORT_NAME, report.to_dict(timings=False))
-    write_json(out / "config.json", _config(skeleton, config, skipped))
+    write_json(out / "config.json", _config(skeleton, config, skipped, layers))
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
@@ -68,14 +71,18 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     return out
 
 
-def _config(skeleton: Skeleton, config: QuantConfig, skipped: list[str]) -> dict[str, object]:
+def _config(
+    skeleton: Skeleton, config: QuantConfig, skipped: list[str], layers: Mapping[str, Setting]
+) -> dict[str, object]:
     value = dict(skeleton.raw_config)
     value.pop("quantization_config", None)  # an empty one, as some tools write it
     if config.format not in PLAIN_FORMATS:
-        value["quantization_config"] = config.to_hf(skipped)
-    if config.dtype != "auto":
+        symmetric = not config.zero_point
+        value |= entry_for(config.format, *config.setting, skipped, symmetric=symmetric, layers=layers)
+    if config.dtype != "auto" or config.format == "mlx":
         value.pop("torch_dtype", None)
-        value["dtype"] = config.dtype
+        dtype = storage_dtype(config, "F32") if config.dtype == "auto" else getattr(torch, config.dtype)
+        value["dtype"] = str(dtype).removeprefix("torch.")
     return value
 
 

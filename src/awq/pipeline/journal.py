@@ -31,7 +31,7 @@ _JOURNAL, _LOCK = "journal.json", "lock"
 # Begins the names of what is no hidden state in the file of those.
 _STATE = "state "
 # Fields of a journal that are on disk.
-_SAVED = ("settings", "batch_tokens", "threads", "blocks", "complete")
+_SAVED = ("settings", "batch_tokens", "threads", "blocks", "complete", "mix")
 # Bytes read at each of the places where a weight file is sampled to recognise it.
 _SAMPLE, _PLACES = 1 << 16, 16
 
@@ -47,6 +47,7 @@ class Journal:
             rounded, and so the bytes.
         blocks: reports of the blocks done, in order.
         complete: every tensor is written; what remains is to give the files their names.
+        mix: what each layer is quantized to, where that was chosen: as `awq.pipeline.mix` has it.
     """
 
     work: Path
@@ -55,6 +56,7 @@ class Journal:
     threads: int
     blocks: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     complete: bool = False
+    mix: dict[str, Any] | None = None
 
     @property
     def resumed(self) -> bool:

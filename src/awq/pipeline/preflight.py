@@ -9,16 +9,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from awq.config import PLAIN_FORMATS, QuantConfig
+from awq.config import PLAIN_FORMATS, QuantConfig, Setting
 from awq.errors import ConfigError, DiskFullError, StructureError
 from awq.formats import get_format
+from awq.formats.entry import NO_CONV1D
 from awq.model import Skeleton, kind_of
 from awq.model.experts import expert_names
 from awq.model.groups import Fold, Structure, linears_of, propose, readers_of, width_of
@@ -111,6 +112,7 @@ def discover_kind(
     named: frozenset[str],
     shared: frozenset[str] = frozenset(),
     overrides: Overrides | None = None,
+    turned: frozenset[str] = frozenset(),
 ) -> KindPlan:
     """Find and prove the structure of a kind of block, and decide what is quantized in it.
 
@@ -122,6 +124,7 @@ def discover_kind(
         shared: modules of the block whose weights are other blocks' too: changed for one, they would be wrong
             for the others.
         overrides: corrections to what is found.
+        turned: layers that the model keeps in a `Conv1D`.
 
     Raises:
         ConfigError: a fold that the user added cannot be proved; with the figure.
@@ -131,7 +134,7 @@ def discover_kind(
         structure = overrides.apply(block, propose(block, run, probe_run))
         proofs = _unless_unknown(block, structure, prove(block, structure.folds, run), shared)
     overrides.require(proofs, type(block).__name__)
-    skipped = _skip_reasons(block, structure, config, named, shared)
+    skipped = _skip_reasons(block, structure, config, named, shared, turned)
     layers = tuple(name for members in structure.inputs.values() for name in members if name not in skipped)
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears_of(block).items()}
     return KindPlan(type(block).__name__, structure, proofs, layers, skipped, _others(block, skipped), shapes)
@@ -187,6 +190,7 @@ def _skip_reasons(
     config: QuantConfig,
     named: frozenset[str],
     shared: frozenset[str] = frozenset(),
+    turned: frozenset[str] = frozenset(),
 ) -> dict[str, str]:
     reasons: dict[str, str] = {}
     layout = get_format(config.format)
@@ -204,6 +208,8 @@ def _skip_reasons(
             reasons[name] = _SHARED
         elif name in routers:
             reasons[name] = "it decides which experts a token goes to"
+        elif name in turned and config.format in NO_CONV1D:
+            reasons[name] = f"a Conv1D, which no reader of the {config.format} layout takes"
         elif name not in ran:
             reasons[name] = "did not run on the probe text"
         elif reason := layout.supports(linear.out_features, linear.in_features, size, config.bits):
@@ -333,7 +339,7 @@ class Files:
 def plan_files(
     skeleton: Skeleton,
     list_name: str,
-    quantized: dict[str, nn.Linear],
+    quantized: Mapping[str, tuple[nn.Linear, Setting]],
     config: QuantConfig,
     max_shard_bytes: int,
 ) -> Files:
@@ -342,11 +348,11 @@ def plan_files(
     Args:
         skeleton: the opened model.
         list_name: the list of decoder blocks.
-        quantized: `{checkpoint key of a weight: its layer}`.
+        quantized: `{checkpoint key of a weight: (its layer, what it is quantized to)}`.
         config: what to quantize to.
         max_shard_bytes: files hold at most this much.
     """
-    layout = get_format(config.format)
+    layout = get_format(config.format, not config.zero_point)
     in_blocks = {key for name, key in skeleton.keys.items() if name.startswith(f"{list_name}.")}
     plans: list[TensorPlan] = []
     copies: list[str] = []
@@ -359,14 +365,15 @@ def plan_files(
         if key in hidden:
             continue
         if key in quantized:
-            layer = quantized[key]
+            layer, setting = quantized[key]
             stem = key.removesuffix("weight")
-            size = config.effective_group_size(layer.in_features)
             if config.format in PLAIN_FORMATS:
                 plans.append(tensor_plan(key, dtypes[key], info.shape))
                 continue
             dtype = scale_dtype(config)
-            shapes = layout.packed_shapes(layer.out_features, layer.in_features, size, dtype)
+            shapes = layout.packed_shapes(
+                layer.out_features, layer.in_features, setting.size(layer.in_features), dtype, setting.bits
+            )
             plans += [tensor_plan(stem + name, dtype, shape) for name, (dtype, shape) in shapes.items()]
             continue
         if key not in in_blocks and key not in fused:
@@ -376,11 +383,14 @@ def plan_files(
         else:
             plans.append(TensorPlan(key, info.dtype, info.shape, info.bytes))
     unused = skeleton.unused()
-    return Files(plan_shards(plans, max_shard_bytes, unused), copies, dtypes, unused, fused)
+    framework = "mlx" if config.format == "mlx" else "pt"
+    return Files(plan_shards(plans, max_shard_bytes, unused, framework), copies, dtypes, unused, fused)
 
 
 def storage_dtype(config: QuantConfig, stored: str) -> torch.dtype:
-    """Dtype on disk of a float tensor: its own, unless the user names one."""
+    """Dtype on disk of a float tensor: its own, unless the user names one. MLX wants that of the scales."""
+    if config.format == "mlx":
+        return scale_dtype(config)
     return FLOAT_DTYPES[stored] if config.dtype == "auto" else getattr(torch, config.dtype)
 
 

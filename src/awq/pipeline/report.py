@@ -27,6 +27,8 @@ class Plan:
         device: where the work is done, and why there.
         batch_tokens: tokens of a batch, and so of the activations held at once.
         resumed_at: blocks done by an earlier, interrupted run.
+        mix: under a budget, the `bits` of a weight on average and for each of the `layers` what it is
+            quantized to, `[bits, group_size]`.
     """
 
     model: str
@@ -42,6 +44,7 @@ class Plan:
     device: str
     batch_tokens: int
     resumed_at: int = 0
+    mix: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from awq.calibration import WINDOWS, CalibrationSet, HeldOut, held_out, load_calibration
-from awq.config import QuantConfig
+from awq.config import PLAIN_FORMATS, QuantConfig, Setting
 from awq.errors import ConfigError, EvaluationError, OutputExistsError, WeightError
 from awq.formats import get_format
 from awq.model import Skeleton, find_blocks, open_model, pick_device
@@ -28,6 +28,7 @@ from awq.pipeline.feed import Feed
 from awq.pipeline.finish import REPORT_NAME, cast, finish
 from awq.pipeline.journal import Journal, check_output, lock, open_journal, recognise, taken
 from awq.pipeline.memory import batch_tokens_for, peak_memory, surrounding_bytes
+from awq.pipeline.mix import Mix, choose, common_size, measure_model, narrowed
 from awq.pipeline.observe import Batch, Seen, coverage_of, measure
 from awq.pipeline.preflight import (
     Files,
@@ -212,17 +213,23 @@ class _Run:
         )
         require_layers(kind_of_block, self.config, blocks)
         idle = require_scales(kind_of_block, self.config)
+        mix = self._mix(skeleton, list_name, kind_of_block, unfinished, calibration, tokens)
+        plans = [narrowed(kind, held) for kind, held in zip(kind_of_block, mix.blocks, strict=True)]
         quantized = {
-            skeleton.keys[f"{list_name}.{i}.{name}.weight"]: linears[name]
+            skeleton.keys[f"{list_name}.{i}.{name}.weight"]: (linears[name], setting)
             for i, linears in enumerate(map(linears_of, blocks))
-            for name in kind_of_block[i].layers
+            for name, setting in mix.blocks[i].items()
         }
+        layers = {key.removesuffix(".weight"): setting for key, (_, setting) in quantized.items()}
         files = plan_files(skeleton, list_name, quantized, self.config, max_shard_bytes)
-        skipped = left_float(skeleton, list_name, kind_of_block)
+        skipped = left_float(skeleton, list_name, plans)
         hidden_bytes = sum(tensor.nbytes for tensor in feed.hidden)
         check_disk(self.out, files.bytes + 2 * hidden_bytes - taken(self.out))
         with lock(self.out):
             journal = open_journal(self.out, settings, feed.batch_tokens, overwrite)
+            if self.config.target_bits is not None and journal.mix is None:
+                journal.mix = mix.to_dict()
+                journal.save()
             writer = ShardWriter(journal.work, files.shards, journal.complete)
             plan = Plan(
                 model=str(self.folder),
@@ -233,7 +240,7 @@ class _Run:
                     kind.describe([i for i in range(len(blocks)) if kind_of_block[i] is kind])
                     for kind in kinds
                 ],
-                quantized=[key.removesuffix(".weight") for key in quantized],
+                quantized=list(layers),
                 skipped=skipped,
                 output_bytes=files.bytes,
                 disk_bytes=files.bytes + 2 * hidden_bytes,
@@ -247,6 +254,7 @@ class _Run:
                 device=str(self.device),
                 batch_tokens=feed.batch_tokens,
                 resumed_at=len(journal.blocks),
+                mix={"bits": mix.bits, "layers": layers} if self.config.target_bits is not None else None,
             )
             self.progress.planned(plan)
             for note in idle:
@@ -261,8 +269,9 @@ class _Run:
             self.seconds["prepare"] = time.perf_counter() - self.started
             with matmul_precision("high" if self.device.type == "cuda" else "highest"):
                 for index in range(len(journal.blocks), len(blocks)):
-                    kind = kind_of_block[index]
-                    self._block(skeleton, f"{list_name}.{index}", index, kind, feed, files, writer, journal)
+                    kind, held = plans[index], mix.blocks[index]
+                    name = f"{list_name}.{index}"
+                    self._block(skeleton, name, index, kind, held, feed, files, writer, journal)
             with self._timed("write"):
                 reports = [
                     BlockReport(entry["name"], entry["seconds"], entry["outcome"]) for entry in journal.blocks
@@ -270,7 +279,7 @@ class _Run:
                 self.seconds["total"] = time.perf_counter() - self.started
                 report = Report(plan, self.config.to_dict(), reports, self.seconds, peak_memory(self.device))
                 named = not_converted(skeleton, list_name, skipped, plan.quantized)
-                finish(skeleton, files, writer, journal, self.out, self.config, named, report)
+                finish(skeleton, files, writer, journal, self.out, self.config, named, layers, report)
             if text is not None:
                 del feed  # its hidden states may be larger than all that follows
                 report = self._verified(skeleton, list_name, calibration, text, report)
@@ -296,6 +305,33 @@ class _Run:
             report = dataclasses.replace(report, verdict=verdict, peak_bytes=peak_memory(self.device))
             write_json(self.out / REPORT_NAME, report.to_dict(timings=False))
         return report
+
+    def _mix(
+        self,
+        skeleton: Skeleton,
+        list_name: str,
+        kind_of_block: list[KindPlan],
+        unfinished: Journal | None,
+        calibration: CalibrationSet,
+        batch_tokens: int,
+    ) -> Mix:
+        """What each layer is quantized to: under a budget, by a pass of its own over all blocks."""
+        if self.config.target_bits is None:
+            uniform = [dict.fromkeys(kind.layers, self.config.setting) for kind in kind_of_block]
+            return Mix(uniform, float(self.config.bits))
+        if unfinished is not None and unfinished.mix is not None:
+            return Mix.from_dict(unfinished.mix)
+        self.progress.note(f"measuring what {self.config.target_bits} bits of a weight are best spent on")
+        with self._timed("mix"):
+            while True:
+                feed = Feed(skeleton, list_name, calibration.samples, batch_tokens, self.device)
+                try:
+                    units = measure_model(skeleton, list_name, kind_of_block, feed, self.config, self.device)
+                    return choose(units, self.config.target_bits)
+                except torch.OutOfMemoryError:
+                    torch.cuda.empty_cache()
+                    feed.smaller()
+                    batch_tokens = feed.batch_tokens
 
     def _settings(
         self, skeleton: Skeleton, calibration: CalibrationSet, batch_tokens: int | None, max_shard_bytes: int
@@ -324,6 +360,7 @@ class _Run:
         name: str,
         index: int,
         kind: KindPlan,
+        settings: dict[str, Setting],
         feed: Feed,
         files: Files,
         writer: ShardWriter,
@@ -334,7 +371,7 @@ class _Run:
         before = dict(self.seconds)
         while True:
             try:
-                done = self._worked(skeleton, name, block, index, kind, feed, files)
+                done = self._worked(skeleton, name, block, index, kind, settings, feed, files)
                 break
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
@@ -344,7 +381,7 @@ class _Run:
         if not any(error < float("inf") for error in done.result.errors.values()):
             raise WeightError(f"{name} gives NaN or infinity on the calibration text, quantized or not")
         with self._timed("write"):
-            tensors = self._tensors(skeleton, name, block, done.result, done.stored)
+            tensors = self._tensors(skeleton, name, block, done.result, settings, done.stored)
             writer.write(_with_fused(tensors, skeleton, files))
             skeleton.unload(block)
             feed.hidden, feed.quantized = done.hidden, done.quantized
@@ -361,6 +398,7 @@ class _Run:
         block: nn.Module,
         index: int,
         kind: KindPlan,
+        settings: dict[str, Setting],
         feed: Feed,
         files: Files,
     ) -> _Done:
@@ -368,7 +406,7 @@ class _Run:
         with self._timed("forward"):
             skeleton.load(block, name, self.device)
             seen = measure(
-                block, kind.structure, kind.layers, feed.at(index), self.device, self.config.group_size
+                block, kind.structure, kind.layers, feed.at(index), self.device, common_size(self.config)
             )
             long, single = feed.probes_at(index)
             with matmul_precision("highest"):
@@ -387,13 +425,13 @@ class _Run:
                 lambda: skeleton.load(block, name, self.device),
                 kind.structure,
                 [proof.fold for proof in proofs if proof.holds],
-                kind.layers,
+                settings,
                 seen.stats,
                 make_judge(block, batches, seen.outputs, self.device),
                 self.config,
                 scale_dtype(self.config),
                 stored,
-                partial(self._tuned, block, batches, seen.outputs) if self.config.tune else None,
+                partial(self._tuned, block, batches, seen.outputs, settings) if self.config.tune else None,
             )
             if follows:
                 with holding(block, result.codes):
@@ -416,9 +454,11 @@ class _Run:
         block: nn.Module,
         batches: list[Batch],
         targets: list[torch.Tensor],
+        settings: dict[str, Setting],
         codes: dict[str, Codes],
     ) -> dict[str, Codes]:
-        return tune(block, codes, batches, targets, self.config.tune, self.config.bits, self.device)
+        bits = {name: setting.bits for name, setting in settings.items()}
+        return tune(block, codes, batches, targets, self.config.tune, bits, self.device)
 
     def _tensors(
         self,
@@ -426,10 +466,12 @@ class _Run:
         name: str,
         block: nn.Module,
         result: BlockResult,
+        settings: dict[str, Setting],
         stored: dict[str, torch.dtype],
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """The block's tensors as they go to disk, under their names in the checkpoint."""
-        layout = get_format(self.config.format)
+        layout = get_format(self.config.format, not self.config.zero_point)
+        plain = self.config.format in PLAIN_FORMATS
         for parameter, value in block.named_parameters():
             key = skeleton.keys[f"{name}.{parameter}"]
             layer, _, leaf = parameter.rpartition(".")
@@ -438,10 +480,10 @@ class _Run:
                 clipped = skeleton.turned(key, result.clipped(layer, value.data, self.config))
                 yield key, cast(clipped, stored[parameter], key)
             elif quantized:
-                weight = QuantizedWeight(*result.codes[layer], self.config.bits).to("cpu")
+                weight = QuantizedWeight(*result.codes[layer], settings[layer].bits).to("cpu")
                 for suffix, tensor in layout.pack(weight).items():
                     out = f"{key.removesuffix('weight')}{suffix}"
-                    if suffix == "weight":
+                    if plain:
                         tensor = cast(skeleton.turned(key, tensor), stored[parameter], out)
                     yield out, tensor
             else:

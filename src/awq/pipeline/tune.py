@@ -36,6 +36,7 @@ _SEED = 7
 class _Moving:
     """One layer: what stays, and what the gradients move."""
 
+    levels: int  # the largest code
     base: Tensor  # whole numbers, codes less zero points, [out, groups, size]
     lowest: Tensor  # of them, [out, groups, 1]
     scales: Tensor
@@ -43,22 +44,23 @@ class _Moving:
     factor: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor, codes: Codes) -> _Moving:
+    def of(cls, weight: Tensor, codes: Codes, levels: int) -> _Moving:
         scales = codes.scales.float().unsqueeze(-1)
         zeros = codes.zeros.float().unsqueeze(-1)
         base = codes.codes.view(*codes.scales.shape, -1).float() - zeros
         offset = (weight.view_as(base) / scales - base).clamp_(-_START, _START)
-        return cls(base, -zeros, scales, offset.requires_grad_(), torch.zeros_like(scales).requires_grad_())
+        factor = torch.zeros_like(scales).requires_grad_()
+        return cls(levels, base, -zeros, scales, offset.requires_grad_(), factor)
 
-    def numbers(self, levels: int) -> Tensor:
+    def numbers(self) -> Tensor:
         """Whole numbers as they are now; gradients pass to the offsets unchanged."""
         moved = self.base + self.offset
         rounded = moved + (moved.round() - moved).detach()
-        return torch.minimum(torch.maximum(rounded, self.lowest), self.lowest + levels)
+        return torch.minimum(torch.maximum(rounded, self.lowest), self.lowest + self.levels)
 
-    def values(self, levels: int) -> Tensor:
+    def values(self) -> Tensor:
         """The weight, `[out, in]`."""
-        return (self.numbers(levels) * (self.scales * (1 + self.factor))).flatten(1)
+        return (self.numbers() * (self.scales * (1 + self.factor))).flatten(1)
 
     @torch.no_grad()
     def step(self, size: float) -> None:
@@ -70,9 +72,9 @@ class _Moving:
         self.offset.clamp_(-_FARTHEST, _FARTHEST)
 
     @torch.no_grad()
-    def codes(self, start: Codes, levels: int) -> Codes:
+    def codes(self, start: Codes) -> Codes:
         """As they are stored."""
-        codes = (self.numbers(levels) - self.lowest).to(torch.uint8).flatten(1)
+        codes = (self.numbers() - self.lowest).to(torch.uint8).flatten(1)
         scales = (self.scales * (1 + self.factor)).squeeze(-1).to(start.scales.dtype)
         return Codes(codes, scales, start.zeros)
 
@@ -83,7 +85,7 @@ def tune(
     batches: Sequence[Batch],
     targets: Sequence[Tensor],
     steps: int,
-    bits: int,
+    bits: Mapping[str, int],
     device: torch.device,
 ) -> dict[str, Codes]:
     """Codes that lessen the block's output error, batch after batch in a shuffled order.
@@ -94,12 +96,14 @@ def tune(
         batches: inputs as the quantized blocks before give them.
         targets: the original block's outputs for its original inputs.
         steps: batches to learn from.
-        bits: width of a code.
+        bits: width of a code, by layer.
         device: where the block is.
     """
-    levels = 2**bits - 1
     linears = linears_of(block)
-    moving = {name: _Moving.of(linears[name].weight.data, layer) for name, layer in codes.items()}
+    moving = {
+        name: _Moving.of(linears[name].weight.data, layer, 2 ** bits[name] - 1)
+        for name, layer in codes.items()
+    }
     generator = torch.Generator().manual_seed(_SEED)
     order: list[int] = []
     for step in range(steps):
@@ -107,11 +111,11 @@ def tune(
             order = torch.randperm(len(batches), generator=generator).tolist()
         index = order.pop()
         with torch.enable_grad():
-            weights = {f"{name}.weight": layer.values(levels) for name, layer in moving.items()}
+            weights = {f"{name}.weight": layer.values() for name, layer in moving.items()}
             _loss(block, weights, batches[index], targets[index], device).backward()
         for layer in moving.values():
             layer.step(2 * _TRAVEL / steps * (1 - step / steps))
-    return {name: layer.codes(codes[name], levels) for name, layer in moving.items()}
+    return {name: layer.codes(codes[name]) for name, layer in moving.items()}
 
 
 def _loss(

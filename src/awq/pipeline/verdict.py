@@ -162,7 +162,9 @@ def _advice(
             "the files may be damaged. Quantize again with --overwrite."
         )
     ways = []
-    if config.bits < 4:
+    if config.target_bits is not None:
+        ways.append(f"a larger budget (--target-bits {config.target_bits + 0.5:g})")
+    elif config.bits < 4:
         ways.append("4 bits (--bits 4)")
     if config.method == "rtn":
         ways.append("--method awq")

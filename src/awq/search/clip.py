@@ -26,6 +26,7 @@ def search_clip(
     group_size: int,
     dtype: torch.dtype,
     *,
+    symmetric: bool = False,
     steps: int = 10,
     shrink: float = 0.5,
 ) -> tuple[Tensor, Tensor]:
@@ -34,6 +35,7 @@ def search_clip(
     Args:
         weight: float32 `[out, in]`, scales already folded in.
         stats: what the layer sees, scales already folded in.
+        symmetric: every zero point is the middle code.
         steps: candidates for each end, evenly from the full range down to `1 - shrink` of it (exclusive).
         shrink: the largest part of an end that may be cut off.
     """
@@ -41,18 +43,24 @@ def search_clip(
     ratios = [1 - shrink * k / steps for k in range(steps)]
     together = _CPU_WEIGHTS if weight.device.type == "cpu" else _DEVICE_WEIGHTS
     parts = weight.split(max(8, together // weight.shape[1]))
-    pieces = [_search_rows(rows, blocks, bits, group_size, dtype, ratios) for rows in parts]
+    pieces = [_search_rows(rows, blocks, bits, group_size, dtype, symmetric, ratios) for rows in parts]
     lows, highs = zip(*pieces, strict=True)
     return torch.cat(lows), torch.cat(highs)
 
 
 def _search_rows(
-    weight: Tensor, blocks: Tensor, bits: int, group_size: int, dtype: torch.dtype, ratios: list[float]
+    weight: Tensor,
+    blocks: Tensor,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+    symmetric: bool,
+    ratios: list[float],
 ) -> tuple[Tensor, Tensor]:
     low, high = full_range(weight, group_size)
 
     def error(lo: Tensor, hi: Tensor) -> Tensor:
-        delta = fake_quantize(weight, lo, hi, bits, dtype).sub_(weight)
+        delta = fake_quantize(weight, lo, hi, bits, dtype, symmetric).sub_(weight)
         grouped = delta.view(weight.shape[0], -1, group_size).transpose(0, 1)
         return (torch.bmm(grouped, blocks) * grouped).sum(-1).t().contiguous()
 

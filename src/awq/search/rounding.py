@@ -1,7 +1,8 @@
 """From floats to codes: ranges, scales and zero points; rounding to nearest; rounding with compensation.
 
-Asymmetric codes: a range [low, high] that contains zero is cut in 2**bits - 1 steps. Scales are rounded to
-their storage dtype *before* codes are chosen, so what is stored is what was judged.
+Asymmetric codes: a range [low, high] that contains zero is cut in 2**bits - 1 steps. Symmetric codes: zero is
+the middle code 2**(bits - 1), and the step is the smallest with which both ends are in reach. Scales are
+rounded to their storage dtype *before* codes are chosen, so what is stored is what was judged.
 
 GPTQ (arXiv 2210.17323) rounds one input channel after another and moves each one's error to the channels
 still to come, along the inverse of G. Ranges are fixed beforehand, so channels may be visited in any order
@@ -46,34 +47,48 @@ def full_range(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     return grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
 
 
-def quant_params(low: Tensor, high: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quant_params(
+    low: Tensor, high: Tensor, bits: int, dtype: torch.dtype, symmetric: bool = False
+) -> tuple[Tensor, Tensor]:
     """Scales (float32 values representable in `dtype`) and zero points (float32 whole numbers) of ranges."""
     levels = 2**bits - 1
     tiny = torch.finfo(dtype).tiny
+    if symmetric:
+        middle = 2 ** (bits - 1)
+        scales = torch.maximum(-low / middle, high / (levels - middle)).clamp_min(tiny).to(dtype).float()
+        return scales, torch.full_like(scales, middle)
     scales = ((high - low) / levels).clamp_min(tiny).to(dtype).float()
     return scales, torch.round(-low / scales).clamp(0, levels)
 
 
 def fake_quantize(
-    weight: Tensor, low: Tensor, high: Tensor, bits: int, dtype: torch.dtype = torch.float16
+    weight: Tensor,
+    low: Tensor,
+    high: Tensor,
+    bits: int,
+    dtype: torch.dtype = torch.float16,
+    symmetric: bool = False,
 ) -> Tensor:
     """Round `weight` `[out, in]` to the codes of its groups' ranges and back to floats."""
-    scales, zeros = quant_params(low, high, bits, dtype)
+    scales, zeros = quant_params(low, high, bits, dtype, symmetric)
     grouped = weight.view(*low.shape, -1)
     codes = torch.addcmul(zeros.unsqueeze(-1), grouped, scales.reciprocal().unsqueeze(-1))
     codes = codes.round_().clamp_(0, 2**bits - 1)
     return codes.sub_(zeros.unsqueeze(-1)).mul_(scales.unsqueeze(-1)).view(weight.shape)
 
 
-def nearest(weight: Tensor, low: Tensor, high: Tensor, bits: int, dtype: torch.dtype) -> Codes:
+def nearest(
+    weight: Tensor, low: Tensor, high: Tensor, bits: int, dtype: torch.dtype, symmetric: bool = False
+) -> Codes:
     """Round each weight to its nearest code.
 
     Args:
         weight: float32 `[out, in]`.
         low, high: float32 `[out, groups]`, the range of each group.
         dtype: storage dtype of the scales.
+        symmetric: every zero point is the middle code.
     """
-    scales, zeros = quant_params(low, high, bits, dtype)
+    scales, zeros = quant_params(low, high, bits, dtype, symmetric)
     grouped = weight.view(*low.shape, -1)
     codes = torch.addcmul(zeros.unsqueeze(-1), grouped, scales.reciprocal().unsqueeze(-1))
     codes = codes.round_().clamp_(0, 2**bits - 1)
@@ -131,6 +146,7 @@ def gptq(
     bits: int,
     dtype: torch.dtype,
     panel: Panel = round_panel,
+    symmetric: bool = False,
 ) -> Codes:
     """Round with error compensation (GPTQ) inside fixed ranges.
 
@@ -140,8 +156,9 @@ def gptq(
         low, high: float32 `[out, groups]`.
         dtype: storage dtype of the scales.
         panel: rounds a panel; on some devices another than this module's is faster.
+        symmetric: every zero point is the middle code.
     """
-    scales, zeros = quant_params(low, high, bits, dtype)
+    scales, zeros = quant_params(low, high, bits, dtype, symmetric)
     size = weight.shape[1] // low.shape[1]
     parts, width, _ = stats.gram.shape
     codes = torch.empty_like(weight, dtype=torch.uint8)

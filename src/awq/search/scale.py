@@ -10,12 +10,13 @@ That measure is the sum over the consumers of tr(ΔW G ΔWᵀ), exact for each l
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from awq.config import Setting
 from awq.search.gram import InputStats, output_error
 from awq.search.rounding import fake_quantize, full_range
 
@@ -30,6 +31,7 @@ class ScaleGrid:
         dtype: storage dtype of the quantization scales.
         steps: exponents, evenly from 0 to 1 (exclusive).
         duo: also try scales that take the weights' magnitude into account.
+        symmetric: every zero point is the middle code.
     """
 
     bits: int
@@ -37,6 +39,7 @@ class ScaleGrid:
     dtype: torch.dtype
     steps: int = 20
     duo: bool = True
+    symmetric: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +59,13 @@ class ScaleChoice:
     label: str
 
 
-def search_scale(weights: list[Tensor], stats: InputStats, grid: ScaleGrid, tie: Tensor) -> ScaleChoice:
+def search_scale(
+    weights: list[Tensor],
+    stats: InputStats,
+    grid: ScaleGrid,
+    tie: Tensor,
+    settings: Sequence[Setting] | None = None,
+) -> ScaleChoice:
     """Search the scale of a producer's rows by the error of the layers that read them.
 
     Args:
@@ -65,19 +74,22 @@ def search_scale(weights: list[Tensor], stats: InputStats, grid: ScaleGrid, tie:
         grid: candidates and precision.
         tie: int64 `[in]`, the producer's free row behind each input channel; -1 where there is none, which
             keeps the channel's scale at 1. Under grouped-query attention several channels share a row.
+        settings: width and group size of each weight, where they are not all the grid's.
     """
+    settings = settings or [Setting(grid.bits, grid.group_size)] * len(weights)
+    sizes = [setting.size(weights[0].shape[1]) for setting in settings]
     free = int(tie.max()) + 1
     x_mean = _tied_mean(stats.mean_abs, tie, free)
-    w_mean = _tied_mean(_weight_mean(weights, grid.group_size), tie, free)
+    w_mean = _tied_mean(_weight_mean(weights, sizes), tie, free)
 
     def loss_of(scale: Tensor) -> float:
         per_channel = expand(scale, tie)
         total = torch.zeros((), device=scale.device)
-        for weight in weights:
+        for weight, setting, size in zip(weights, settings, sizes, strict=True):
             scaled = weight * per_channel
-            low, high = full_range(scaled, grid.group_size)
-            delta = fake_quantize(scaled, low, high, grid.bits, grid.dtype).sub_(scaled).div_(per_channel)
-            total += output_error(delta, stats).sum()
+            low, high = full_range(scaled, size)
+            values = fake_quantize(scaled, low, high, setting.bits, grid.dtype, grid.symmetric)
+            total += output_error(values.sub_(scaled).div_(per_channel), stats).sum()
         return float(total)
 
     def candidate(mode: str, step: int) -> Tensor:
@@ -129,12 +141,12 @@ def _centred(scale: Tensor) -> Tensor:
     return torch.where(torch.isfinite(scale), scale, torch.ones_like(scale))
 
 
-def _weight_mean(weights: list[Tensor], group_size: int) -> Tensor:
+def _weight_mean(weights: list[Tensor], sizes: Sequence[int]) -> Tensor:
     """Mean over rows of |w| relative to the largest in its group, `[in]`."""
     total = torch.zeros(weights[0].shape[1], device=weights[0].device)
     rows = 0
-    for weight in weights:
-        grouped = weight.abs().view(weight.shape[0], -1, group_size)
+    for weight, size in zip(weights, sizes, strict=True):
+        grouped = weight.abs().view(weight.shape[0], -1, size)
         relative = grouped / (grouped.amax(-1, keepdim=True) + 1e-6)
         total += relative.view(weight.shape).sum(0)
         rows += weight.shape[0]
