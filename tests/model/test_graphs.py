@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from awq.model.groups import Fold, propose
+from awq.model.groups import propose
 from awq.model.invariance import TOLERANCE, Proof, apply, prove
+from awq.model.layers import Fold
 
 WIDTH = 32
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from awq.model import dry_pass, find_blocks, open_model
 from awq.model.blocks import BlockCall, kind_of
-from awq.model.groups import Fold, propose
+from awq.model.groups import propose
 from awq.model.invariance import TOLERANCE, apply, prove
+from awq.model.layers import Fold
 from awq.pipeline.observe import Batch
 
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from awq.model import find_blocks, open_model
 from awq.model import groups as groups_module
 from awq.model import invariance as invariance_module
-from awq.model.groups import Fold, Rule, propose, readers_of, scale_rows
+from awq.model.groups import propose
 from awq.model.invariance import TOLERANCE, prove
+from awq.model.layers import Fold, Rule, readers_of, scale_rows
 from awq.pipeline.feed import Feed
 from zoo import TEXT, build
 

@@ -14,7 +14,7 @@ import awq  # noqa: F401 (loads quantized checkpoints)
 from awq.config import QuantConfig
 from awq.model.blocks import BlockCall
 from awq.model.experts import Experts, parts_of
-from awq.model.groups import Structure
+from awq.model.layers import Structure
 from awq.model.unfuse import empty_layers
 from awq.pipeline.convert import write_plain
 from awq.pipeline.observe import Batch, measure

@@ -17,7 +17,7 @@ from awq.errors import AwqError
 from awq.evaluate import compare
 from awq.hf import load_float, load_quantized
 from awq.model.quantized import QuantizedCheckpoint
-from awq.pipeline.preflight import discover_kind
+from awq.pipeline.kinds import discover_kind
 from awq.pipeline.report import Silent
 from zoo.vision import BUILDERS, image_inputs
 

@@ -29,7 +29,7 @@ from awq.model.quantized import QuantizedCheckpoint
 from awq.pipeline import quantize
 from awq.pipeline.discover import discover, float32_by_default
 from awq.pipeline.feed import Feed
-from awq.pipeline.preflight import KindPlan
+from awq.pipeline.kinds import KindPlan
 
 CONFIG = QuantConfig(group_size=32)
 # Largest change of the logits by folding random scales into every proven fold, relative to the largest logit.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from awq.model.experts import Experts, expert_names, rerouted, rotated, rotations
-from awq.model.groups import Fold, rows_of, scale_rows, scaled
+from awq.model.layers import Fold, rows_of, scale_rows, scaled
 
 # A block's output: hidden states, or those and what it leaves for later blocks.
 Output = Tensor | Sequence[Tensor]

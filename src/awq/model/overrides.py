@@ -18,8 +18,8 @@ from torch import nn
 
 from awq.config import QuantConfig
 from awq.errors import ConfigError, MissingDependencyError, MissingFileError
-from awq.model.groups import Fold, Rule, Structure, readers_of, width_of
 from awq.model.invariance import TOLERANCE, Proof
+from awq.model.layers import Fold, Rule, Structure, readers_of, width_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class AddedFold:
     Args:
         producer: the module whose rows are scaled; empty for a parameter of the block itself.
         consumers: the layers that read what it produces: all of them, of whatever inputs.
-        rule: see `awq.model.groups.Fold`.
+        rule: see `awq.model.layers.Fold`.
         weight, bias: the producer's parameters.
         rows: `[start, stop]` or `[start, stop, step]`: the rows that stand behind the consumers' channels, in
             their order; all by default.

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from awq.config import QuantConfig, Setting
 from awq.kernels.triton_panel import mover_for, panel_for
-from awq.model.groups import Fold, Structure, linears_of, scale_rows
 from awq.model.invariance import apply
+from awq.model.layers import Fold, Structure, linears_of, scale_rows
 from awq.pipeline.observe import Batch
 from awq.search import (
     Codes,

@@ -14,10 +14,10 @@ from torch import nn
 from awq.config import QuantConfig
 from awq.errors import ConfigError
 from awq.model import Skeleton, find_blocks, open_model
-from awq.model.groups import linears_of
+from awq.model.layers import linears_of
 from awq.model.overrides import Overrides
 from awq.pipeline.feed import Feed
-from awq.pipeline.preflight import KindPlan, discover_kind, kinds_of
+from awq.pipeline.kinds import KindPlan, discover_kind, kinds_of
 from awq.pipeline.skipped import OUTSIDE, left_float
 
 

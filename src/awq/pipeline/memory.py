@@ -11,7 +11,7 @@ from torch import nn
 
 from awq.model import Skeleton
 from awq.model.experts import expert_names
-from awq.model.groups import linears_of
+from awq.model.layers import linears_of
 
 # On the CPU larger batches gain nothing: the products are large enough, and activations cost memory.
 _CPU_BATCH_TOKENS = 4096

@@ -23,11 +23,12 @@ from awq.formats import get_format
 from awq.formats.entry import MIXING
 from awq.model import Skeleton
 from awq.model.experts import expert_names
-from awq.model.groups import Structure, linears_of
+from awq.model.layers import Structure, linears_of
 from awq.pipeline.block import holding
 from awq.pipeline.feed import Feed
+from awq.pipeline.kinds import KindPlan
 from awq.pipeline.observe import Batch, Seen, measure
-from awq.pipeline.preflight import KindPlan, scale_dtype, storage_dtype
+from awq.pipeline.preflight import scale_dtype, storage_dtype
 from awq.search import Codes, full_range, nearest, output_error
 from awq.search.budget import Choice, spend
 

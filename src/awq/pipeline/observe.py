@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from awq.model.blocks import BlockCall
 from awq.model.experts import ExpertName, expert_names, only_tokens
-from awq.model.groups import Structure, readers_of, watch_inputs, width_of
+from awq.model.layers import Structure, readers_of, watch_inputs, width_of
 from awq.search import GramAccumulator, InputStats
 
 # Widest input whose Gram matrix is kept whole (float32: 1.7 GB); wider ones are cut in equal parts.

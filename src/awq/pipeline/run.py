@@ -14,39 +14,30 @@ import torch
 from torch import nn
 
 from awq.calibration import WINDOWS, CalibrationSet, HeldOut, held_out, load_calibration
-from awq.config import PLAIN_FORMATS, QuantConfig, Setting
+from awq.config import QuantConfig, Setting
 from awq.errors import ConfigError, EvaluationError, OutputExistsError, WeightError
-from awq.formats import get_format
 from awq.model import Skeleton, find_blocks, open_model, pick_device
 from awq.model.fetch import Lazily, load_processor, load_tokenizer, resolve
-from awq.model.groups import linears_of
-from awq.model.invariance import Proof, prove
+from awq.model.invariance import prove
+from awq.model.layers import linears_of
 from awq.model.overrides import Overrides
-from awq.pipeline.block import BlockResult, holding, make_judge, quantize_block, report_of
+from awq.pipeline.block import holding, make_judge, quantize_block
 from awq.pipeline.discover import discover, float32_by_default, matmul_precision
+from awq.pipeline.done import Done, tensors_of
 from awq.pipeline.feed import Feed
-from awq.pipeline.finish import REPORT_NAME, cast, finish
+from awq.pipeline.finish import REPORT_NAME, finish
 from awq.pipeline.journal import Journal, check_output, lock, open_journal, recognise, taken
+from awq.pipeline.kinds import KindPlan, require_layers, require_scales
 from awq.pipeline.memory import batch_tokens_for, peak_memory, surrounding_bytes
 from awq.pipeline.mix import Mix, choose, common_size, measure_model, narrowed
-from awq.pipeline.observe import Batch, Seen, coverage_of, measure
-from awq.pipeline.preflight import (
-    Files,
-    KindPlan,
-    check_disk,
-    plan_files,
-    predict_peak,
-    require_layers,
-    require_scales,
-    scale_dtype,
-)
+from awq.pipeline.observe import Batch, measure
+from awq.pipeline.preflight import Files, check_disk, plan_files, predict_peak, scale_dtype
 from awq.pipeline.report import BlockReport, Plan, Progress, Report, Silent, write_json
 from awq.pipeline.skipped import left_float, not_converted
 from awq.pipeline.tune import tune
 from awq.pipeline.verdict import verdict_on
 from awq.pipeline.writer import DEFAULT_SHARD_BYTES, ShardWriter
 from awq.search import Codes
-from awq.weight import QuantizedWeight
 
 
 @torch.no_grad()
@@ -143,37 +134,6 @@ def quantize(
         )
     finally:
         torch.set_num_threads(threads)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Done:
-    """What was computed for a block.
-
-    Args:
-        result: its codes.
-        seen: what it saw.
-        proofs: of its folds.
-        stored: dtype on disk of each of its parameters.
-        hidden: hidden states behind it.
-        quantized: the same behind the quantized block; None where nobody asks.
-    """
-
-    result: BlockResult
-    seen: Seen
-    proofs: list[Proof]
-    stored: dict[str, torch.dtype]
-    hidden: list[torch.Tensor]
-    quantized: list[torch.Tensor] | None
-
-    @property
-    def dropped(self) -> dict[str, float]:
-        """Folds that did not hold, with the change they make."""
-        return {proof.fold.source: proof.change for proof in self.proofs if not proof.holds}
-
-    def outcome(self) -> dict[str, Any]:
-        """The block's entry in the report."""
-        out = report_of(self.result) | {"dropped_folds": self.dropped}
-        return out | ({"experts": coverage_of(self.seen.coverage)} if self.seen.coverage else {})
 
 
 @dataclasses.dataclass
@@ -381,8 +341,7 @@ class _Run:
         if not any(error < float("inf") for error in done.result.errors.values()):
             raise WeightError(f"{name} gives NaN or infinity on the calibration text, quantized or not")
         with self._timed("write"):
-            tensors = self._tensors(skeleton, name, block, done.result, settings, done.stored)
-            writer.write(_with_fused(tensors, skeleton, files))
+            writer.write(tensors_of(block, name, done, settings, self.config, skeleton, files))
             skeleton.unload(block)
             feed.hidden, feed.quantized = done.hidden, done.quantized
             spent = {key: self.seconds[key] - before.get(key, 0.0) for key in ("forward", "search")}
@@ -401,7 +360,7 @@ class _Run:
         settings: dict[str, Setting],
         feed: Feed,
         files: Files,
-    ) -> _Done:
+    ) -> Done:
         """All that is computed for a block. Nothing outside of it changes: it may be tried again."""
         with self._timed("forward"):
             skeleton.load(block, name, self.device)
@@ -436,9 +395,9 @@ class _Run:
             if follows:
                 with holding(block, result.codes):
                     quantized = [b.run(block, self.device).to(b.hidden.device) for b in batches]
-        return _Done(result, seen, proofs, stored, seen.outputs + behind, quantized)
+        return Done(result, seen, proofs, stored, seen.outputs + behind, quantized)
 
-    def _tell(self, name: str, done: _Done) -> None:
+    def _tell(self, name: str, done: Done) -> None:
         """What deserves a line about a block."""
         for fold, change in done.dropped.items():
             self.progress.note(f"{name}: folding into {fold} dropped ({change:.1e})")
@@ -460,38 +419,6 @@ class _Run:
         bits = {name: setting.bits for name, setting in settings.items()}
         return tune(block, codes, batches, targets, self.config.tune, bits, self.device)
 
-    def _tensors(
-        self,
-        skeleton: Skeleton,
-        name: str,
-        block: nn.Module,
-        result: BlockResult,
-        settings: dict[str, Setting],
-        stored: dict[str, torch.dtype],
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The block's tensors as they go to disk, under their names in the checkpoint."""
-        layout = get_format(self.config.format, not self.config.zero_point)
-        plain = self.config.format in PLAIN_FORMATS
-        for parameter, value in block.named_parameters():
-            key = skeleton.keys[f"{name}.{parameter}"]
-            layer, _, leaf = parameter.rpartition(".")
-            quantized = leaf == "weight" and layer in result.codes
-            if quantized and self.config.format == "folded":
-                clipped = skeleton.turned(key, result.clipped(layer, value.data, self.config))
-                yield key, cast(clipped, stored[parameter], key)
-            elif quantized:
-                weight = QuantizedWeight(*result.codes[layer], settings[layer].bits).to("cpu")
-                for suffix, tensor in layout.pack(weight).items():
-                    out = f"{key.removesuffix('weight')}{suffix}"
-                    if plain:
-                        tensor = cast(skeleton.turned(key, tensor), stored[parameter], out)
-                    yield out, tensor
-            else:
-                yield key, cast(skeleton.turned(key, value.data), stored[parameter], key)
-        for buffer, held in block.named_buffers():
-            if f"{name}.{buffer}" in skeleton.keys:
-                yield skeleton.keys[f"{name}.{buffer}"], held
-
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
@@ -501,20 +428,3 @@ class _Run:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-
-
-def _with_fused(
-    tensors: Iterator[tuple[str, torch.Tensor]], skeleton: Skeleton, files: Files
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same tensors, slices of what the checkpoint keeps fused put together again."""
-    views = skeleton.reader.views
-    whole: dict[str, torch.Tensor] = {}
-    for key, tensor in tensors:
-        if key not in views or views[key].source not in files.fused:
-            yield key, tensor
-            continue
-        source = views[key].source
-        if source not in whole:
-            whole[source] = torch.empty(files.fused[source].shape, dtype=files.dtypes[source])
-        views[key].place(whole[source], tensor.cpu())
-    yield from whole.items()

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from awq.model import Skeleton
-from awq.pipeline.preflight import KindPlan
+from awq.pipeline.kinds import KindPlan
 
 OUTSIDE = "outside the decoder blocks"
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from awq.model.groups import linears_of
+from awq.model.layers import linears_of
 from awq.pipeline.observe import Batch
 from awq.search import Codes
 
