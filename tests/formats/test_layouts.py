@@ -1,7 +1,7 @@
 """Every layout: bytes that its own project wrote, round trips, and refusals.
 
 `golden.json` holds the bytes (hexadecimal) that other programs packed from the weights described here:
-AutoAWQ 0.2.9 (gemm, gemv, gemv_fast, marlin), compressed-tensors 0.20, mlx 0.32 and gguf 0.19.
+AutoAWQ 0.2.9 (gemm, gemv, gemv_fast, marlin), compressed-tensors 0.20, GPTQModel 7, mlx 0.32 and gguf 0.19.
 """
 
 from __future__ import annotations
@@ -210,6 +210,26 @@ def test_every_width_of_a_layout_comes_back_as_it_was(name: str, bits: int, seed
     shapes = layout.packed_shapes(32, 64, size, torch.float16, bits)
     assert {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in packed.items()} == shapes
     assert layout.measure({key: shape for key, (_, shape) in shapes.items()}, bits, size).in_features == 64
+
+
+@pytest.mark.parametrize(
+    ("layout", "bits"),
+    [("compressed-tensors", 2), ("compressed-tensors", 8), ("gptq_v2", 2), ("gptq_v2", 3), ("gptq_v2", 8)],
+)
+def test_the_bytes_of_other_widths_are_those_of_the_layouts_own_project(layout: str, bits: int) -> None:
+    row, column, group = torch.arange(32).view(-1, 1), torch.arange(64), torch.arange(2)
+    # GPTQModel's packer wants none that is 0.
+    lowest = 0 if layout == "compressed-tensors" else 1
+    zeros = (row + group * 3) % (2**bits - lowest) + lowest
+    weight = QuantizedWeight(
+        ((row * 5 + column * 3 + column // 8) % 2**bits).to(torch.uint8),
+        ((row * 2 + group + 1).float() / 512).half(),
+        zeros.to(torch.uint8),
+        bits,
+    )
+    golden = GOLDEN[f"{layout} widths"][str(bits)]
+    packed = get_format(layout).pack(weight)
+    assert {name: hexadecimal(packed[name]) for name in golden} == golden
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])
