@@ -98,6 +98,20 @@ def test_a_head_saved_in_another_dtype_is_judged_as_it_is_saved(
     assert verdict.perplexity == pytest.approx(expected.perplexity.value, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("layout", "bits"), [("compressed-tensors", 4), ("mlx", 3), ("gptq_v2", 3), ("float", 3)]
+)
+def test_every_layout_is_read_back(
+    layout: Any, bits: int, llama: Path, tmp_path: Path, token_lists: Any
+) -> None:
+    config = dataclasses.replace(QUICK, format=layout, bits=bits)
+    report = quantize(llama, tmp_path / "out", config, token_lists)
+    assert report.verdict is not None
+    # On the calibration samples, a block's error on disk is the one that the search has found.
+    for block, found in zip(report.verdict.blocks, report.blocks, strict=True):
+        assert block["error"] == pytest.approx(found.outcome["error"], rel=0.2)
+
+
 def text_of(rows: list[list[int]]) -> HeldOut:
     return HeldOut(tuple(torch.tensor(row) for row in rows if len(row) > 1), "some ids", 128)
 
