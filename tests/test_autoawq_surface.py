@@ -43,7 +43,7 @@ CALLS = {
 # Defaults that differ on purpose, and why.
 OTHER_DEFAULTS = {
     "trust_remote_code": "code from the network is not run unless asked for",
-    "fuse_layers": "on a CPU it gains nothing: only who asks for it gets it",
+    "fuse_layers": "what it gains depends on model and device: only who asks for it gets it",
     "quant_config": "a mutable default",
     "quantizer_cls": "the same meaning",
     "torch_dtype": "of the base class: the checkpoint's own",

@@ -31,3 +31,17 @@ def test_kernels_are_measured_beside_the_dense_product(tmp_path: Path) -> None:
         assert row["of_copy"] == pytest.approx(row["bytes"] / row["median_ms"] * 1e3 / written["copy"])
         assert row["times_dense"] == 1 or row["kernel"] != "dense bfloat16"
         assert row["kernel"] in done.stdout
+
+
+def test_fused_decoding_is_measured_beside_layers_apart(tmp_path: Path) -> None:
+    target = tmp_path / "fused.json"
+    command = [sys.executable, str(BENCHMARKS / "fused.py"), "--samples", "1", "--windows", "2", "--rounds", "2"]
+    command += ["--new", "3", "--batch", "2", "--cache", "64", "--json", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
+    assert done.returncode == 0, done.stderr
+    ((name, found),) = json.loads(target.read_text())["rounds"].items()
+    assert name.endswith("on cpu, batch 2")
+    assert {model: len(speeds) for model, speeds in found.items()} == dict.fromkeys(
+        ("apart", "merged", "static 64"), 2
+    )
+    assert all(speed > 0 for speeds in found.values() for speed in speeds)

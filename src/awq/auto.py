@@ -87,7 +87,7 @@ class AutoAWQForCausalLM:
             quant_filename: may name the one safetensors file of the folder.
             trust_remote_code: run modelling code that comes with the model (AutoAWQ's default was True).
             fuse_layers: merge layers that read the same tensor, and generate with a static key/value cache.
-                AutoAWQ had True; here only who asks gets it, for on a CPU it gains nothing.
+                AutoAWQ had True; here only who asks gets it: what it gains depends on model and device.
             max_seq_len: with `fuse_layers`, tokens that the static cache holds; longer calls get a cache that
                 grows, and a warning. On a CPU the default value asks for none.
             batch_size: taken care of; the cache is made for the batch of each call.
