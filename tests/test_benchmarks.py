@@ -35,8 +35,8 @@ def test_kernels_are_measured_beside_the_dense_product(tmp_path: Path) -> None:
 
 def test_fused_decoding_is_measured_beside_layers_apart(tmp_path: Path) -> None:
     target = tmp_path / "fused.json"
-    command = [sys.executable, str(BENCHMARKS / "fused.py"), "--samples", "1", "--windows", "2", "--rounds", "2"]
-    command += ["--new", "3", "--batch", "2", "--cache", "64", "--json", str(target)]
+    command = [sys.executable, str(BENCHMARKS / "fused.py"), "--samples", "1", "--windows", "2"]
+    command += ["--rounds", "2", "--new", "3", "--batch", "2", "--cache", "64", "--json", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
     assert done.returncode == 0, done.stderr
     ((name, found),) = json.loads(target.read_text())["rounds"].items()
