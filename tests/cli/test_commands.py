@@ -61,6 +61,22 @@ def test_quantize_options_reach_the_checkpoint(awq: Any, original: Path, tmp_pat
     assert scales.shape == (1, 128)
 
 
+def test_layout_width_symmetry_and_budget_reach_the_checkpoint(
+    awq: Any, original: Path, tmp_path: Path
+) -> None:
+    options = ("--format", "compressed-tensors", "--symmetric", "--target-bits", "6")
+    done = awq("quantize", original, tmp_path / "out", *SMALL, *options)
+    assert done.code == 0, done.err
+    assert "bits of a weight" in done.out
+    entry = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert entry["quant_method"] == "compressed-tensors"
+    assert all(group["weights"]["symmetric"] for group in entry["config_groups"].values())
+    assert len(entry["config_groups"]) > 1
+    refused = awq("quantize", original, tmp_path / "other", "--bits", "3", "--format", "gemm")
+    assert refused.code != 0
+    assert "3 bits fit into" in refused.err
+
+
 def test_the_report_with_its_timings_goes_to_a_file_or_to_the_output(
     awq: Any, original: Path, tmp_path: Path
 ) -> None:

@@ -154,6 +154,37 @@ def test_gptqmodel_loads_the_conversion(
     assert difference(expected, np.load(tmp_path / "logits.npy"))[0] < 0.1
 
 
+@pytest.mark.parametrize(
+    ("layout", "bits", "zero_point", "target"),
+    [
+        ("compressed-tensors", 2, False, None),
+        ("compressed-tensors", 8, False, None),
+        ("compressed-tensors", 4, False, 4.6),
+        ("mlx", 2, True, None),
+        ("mlx", 3, True, None),
+        ("mlx", 8, True, None),
+        ("mlx", 4, True, 4.25),
+        ("gptq", 8, False, None),
+        ("gptq_v2", 2, True, None),
+        ("gptq_v2", 3, True, None),
+    ],
+)
+def test_engines_read_other_widths_and_mixes_that_are_written_directly(
+    layout: Any, bits: int, zero_point: bool, target: float | None, books6m: Path, ids: Path, tmp_path: Path
+) -> None:
+    variables = {"compressed-tensors": "COMPRESSED", "mlx": "MLX", "gptq": "GPTQ", "gptq_v2": "GPTQ"}
+    scripts = {"compressed-tensors": "compressed", "mlx": "mlx", "gptq": "gptq", "gptq_v2": "gptq"}
+    python = engine(f"AWQ_ENGINE_{variables[layout]}")
+    config = QuantConfig(bits, 64, zero_point, layout, method="rtn", target_bits=target)
+    awq.quantize(books6m, tmp_path / "q", config, samples=2, seq_len=64, verify=False)
+    more = ["packed"] if layout == "compressed-tensors" else []
+    out = tmp_path / "logits.npy"
+    run(python, f"export_logits_{scripts[layout]}.py", tmp_path / "q", ids, out, *more)
+    largest, _ = difference(reference(books6m, tmp_path / "q", np.load(ids)), np.load(out))
+    # float32; float16 with groups of one zero * scale; float16.
+    assert largest < {"compressed-tensors": 1e-3, "mlx": 0.2}.get(layout, 0.1)
+
+
 def test_llama_cpp_loads_the_gguf_export_with_its_tokenizer(
     checkpoint: Path, books6m: Path, ids: Path, expected: np.ndarray, tmp_path: Path
 ) -> None:

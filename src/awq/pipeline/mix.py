@@ -2,9 +2,8 @@
 
 One pass over the blocks, before the work itself and as sparing of memory, measures what each choice would do:
 the layers that must be treated alike (q/k/v, gate/up, all experts of a layer) are rounded to nearest, and the
-error at the block's output is taken relative to what each token's hidden state holds there. One choice is
-measured through the block; the others follow from it by the ratio of their errors tr(ΔW G ΔWᵀ). Then
-`awq.search.budget` spends the budget over the whole model.
+error is taken at the block's output. One choice is measured through the block; the others follow from it by
+the ratio of their errors tr(ΔW G ΔWᵀ). Then `awq.search.budget` spends the budget over the whole model.
 """
 
 from __future__ import annotations
@@ -262,17 +261,20 @@ def _through(
     outputs: Sequence[Tensor],
     device: torch.device,
 ) -> float:
-    """Error of the block's output with `codes` in place: |change|² / |output|², the mean over tokens."""
+    """Error of the block's output with `codes` in place, as large as it stays in the hidden states behind.
+
+    It is the mean over tokens of |change|² / |output|², times the median of |output|²: a few massive tokens
+    count no more than others, and a change counts as much in an early block as in a late one, since later
+    blocks only add to the hidden states.
+    """
     tokens = sum(batch.hidden.shape[0] * batch.hidden.shape[1] for batch in batches)
-    total, count = 0.0, 0
+    shares, squares = [], []
     with holding(block, codes):
         for batch, output in list(zip(batches, outputs, strict=True))[:: max(1, tokens // _JUDGED_TOKENS)]:
             reference = output.to(device)
             change = batch.run(block, device) - reference
-            tiny = torch.finfo(reference.dtype).tiny
-            share = change.square().sum(-1) / reference.square().sum(-1).clamp_min(tiny)
-            if batch.mask is not None:
-                share = share[batch.mask.to(device)]
-            total += float(share.double().sum())
-            count += share.numel()
-    return total / max(count, 1)
+            square = reference.square().sum(-1).clamp_min(torch.finfo(reference.dtype).tiny)
+            keep = torch.ones_like(square, dtype=torch.bool) if batch.mask is None else batch.mask.to(device)
+            shares.append((change.square().sum(-1) / square)[keep])
+            squares.append(square[keep])
+    return float(torch.cat(shares).double().mean() * torch.cat(squares).double().median())
