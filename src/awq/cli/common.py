@@ -94,7 +94,8 @@ def load_model(
     """
     import torch
 
-    from awq.hf import is_awq, load_float, load_quantized
+    from awq.hf import load_float, load_quantized
+    from awq.hf.load import holds_codes
     from awq.model import pick_device
     from awq.model.fetch import resolve
 
@@ -102,7 +103,7 @@ def load_model(
         raise ConfigError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     folder, place = resolve(model), pick_device(device)
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
-    if is_awq(folder):
+    if holds_codes(folder):
         kernel = "torch" if exact else kernel
         loaded = load_quantized(folder, dtype=wanted, trust_remote_code=trust_remote_code, kernel=kernel)
         return loaded.to(place) if place.type != "cpu" else loaded

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from awq.errors import AwqError, ConfigError, LoadError
-from awq.formats.detect import method_of
+from awq.formats.detect import detect, method_of
 from awq.hf.differences import told
 from awq.hf.fuse import fuse as fuse_layers
 from awq.hf.registration import register
@@ -23,6 +23,15 @@ from awq.model.weights import CheckpointReader, read_json
 def is_awq(folder: Path) -> bool:
     """Whether a model folder says that it holds AWQ codes."""
     return method_of(_entry(folder)) == "awq"
+
+
+def holds_codes(folder: Path) -> bool:
+    """Whether a model folder says that it holds codes that `load_quantized` reads."""
+    try:
+        detect(_entry(folder))
+    except ConfigError:
+        return is_awq(folder)  # with what is wrong about it to be told
+    return True
 
 
 def load_quantized(
