@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from awq.model import find_blocks, open_model
-from awq.model import groups as groups_module
 from awq.model import invariance as invariance_module
+from awq.model import layers as layers_module
 from awq.model.groups import propose
 from awq.model.invariance import TOLERANCE, prove
 from awq.model.layers import Fold, Rule, readers_of, scale_rows
@@ -102,7 +102,7 @@ def test_a_layer_hidden_from_discovery_is_caught(block: Block, monkeypatch: pyte
         for hidden in fold.consumers[:3]:
             with monkeypatch.context() as patch:
                 patch.setattr(
-                    groups_module,
+                    layers_module,
                     "readers_of",
                     lambda module, hidden=hidden: {
                         n: m for n, m in readers_of(module).items() if not n.endswith(hidden)
@@ -139,7 +139,7 @@ def test_a_broken_rule_of_scaling_is_caught(
         return {_without_bias: has_bias, _always_plain: fold.rule != "factor", _inverted: True}[broken]
 
     folds = [fold for fold in block.folds if touched(fold)]
-    for module in (groups_module, invariance_module):
+    for module in (layers_module, invariance_module):
         monkeypatch.setattr(module, "scale_rows", broken)
     if not folds:
         pytest.skip("this block has nothing that the mutation would touch")
