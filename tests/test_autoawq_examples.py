@@ -149,8 +149,16 @@ def test_the_marlin_example_is_answered_in_a_sentence(books6m: Path, tokenizer: 
     model = AutoAWQForCausalLM.from_pretrained(str(books6m))
     with pytest.raises(ConfigError, match=r"version='marlin' is how a kernel arranges .* write `gemm`"):
         model.quantize(tokenizer, {**QUANT_CONFIG, "zero_point": False, "version": "Marlin"}, **SMALL)
-    with pytest.raises(ConfigError, match="zero_point=False is not supported"):
-        model.quantize(tokenizer, {**QUANT_CONFIG, "zero_point": False}, **SMALL)
+
+
+def test_symmetric_codes_are_written_with_the_middle_code_for_a_zero_point(
+    books6m: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    model = AutoAWQForCausalLM.from_pretrained(str(books6m))
+    model.quantize(tokenizer, {**QUANT_CONFIG, "zero_point": False}, apply_clip=False, **SMALL)
+    model.save_quantized(str(tmp_path / "out"))
+    held = QuantizedCheckpoint(tmp_path / "out")
+    assert bool((held.weight(next(iter(held.layers))).zeros == 8).all())
 
 
 @pytest.mark.parametrize("version", ["GEMV", "gemv_fast"])
