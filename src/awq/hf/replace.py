@@ -21,7 +21,7 @@ from awq.model.conv1d import as_linear
 from awq.model.experts import Part, parts_of
 from awq.model.fuse import expert_place
 from awq.model.names import Merge, match_names
-from awq.model.unfuse import by_owner, expert_of, put
+from awq.model.unfuse import by_owner, expert_of, gathered, put
 from awq.model.weights import FLOAT_DTYPES, TensorInfo
 from awq.nn import QuantExperts, QuantLinear
 
@@ -146,20 +146,17 @@ def _where_it_would_be(model: nn.Module, path: str) -> str:
 
 def _experts(model: nn.Module, owner: str, merges: list[Merge], stored: Stored) -> QuantExperts:
     """The empty experts that the tensors behind `merges` fill."""
-    names: dict[str, dict[int, str]] = {}
-    stems: dict[tuple[int, str], str] = {}
-    for merge in merges:
-        expert = expert_of(merge, owner)
-        stem = merge.key.removesuffix(".weight")
-        if expert is None:
-            raise LoadError(
-                f"the codes of {stem} belong to a {type(model.get_submodule(owner)).__name__}, which is made "
-                f"of its checkpoint's tensors in a way that codes cannot follow ({merge.steps}): this model "
-                "cannot be loaded from a quantized checkpoint"
-            )
-        names.setdefault(merge.targets[0].rpartition(".")[2], {})[merge.position] = expert[1]
-        stems[expert] = stem
-    parts = {name: Part(tuple(held[i] for i in sorted(held))) for name, held in names.items()}
+    found = gathered(merges, owner)
+    if found is None:
+        odd = next(merge for merge in merges if expert_of(merge, owner) is None)
+        stem = odd.key.removesuffix(".weight")
+        raise LoadError(
+            f"the codes of {stem} belong to a {type(model.get_submodule(owner)).__name__}, which is made "
+            f"of its checkpoint's tensors in a way that codes cannot follow ({odd.steps}): this model "
+            "cannot be loaded from a quantized checkpoint"
+        )
+    parts, keys = found
+    stems = {expert: key.removesuffix(".weight") for expert, key in keys.items()}
     return _filled(model, owner, parts, stems, stored)
 
 

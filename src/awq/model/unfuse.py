@@ -38,6 +38,22 @@ def expert_of(merge: Merge, owner: str) -> tuple[int, str] | None:
     return None
 
 
+def gathered(
+    merges: Sequence[Merge], owner: str
+) -> tuple[dict[str, Part], dict[tuple[int, str], str]] | None:
+    """The fused parameters that merged tensors make, and `{(expert, projection): checkpoint key}`; None when
+    some are made in another way."""
+    names: dict[str, dict[int, str]] = {}
+    keys: dict[tuple[int, str], str] = {}
+    for merge in merges:
+        expert = expert_of(merge, owner)
+        if expert is None:
+            return None
+        names.setdefault(merge.targets[0].rpartition(".")[2], {})[merge.position] = expert[1]
+        keys[expert] = merge.key
+    return {name: Part(tuple(held[i] for i in sorted(held))) for name, held in names.items()}, keys
+
+
 def by_owner(merges: Sequence[Merge]) -> dict[str, list[Merge]]:
     """Merged tensors by the module that holds what they are merged into."""
     out: dict[str, list[Merge]] = {}
@@ -74,16 +90,10 @@ def unfuse(
 def _from_experts(model: nn.Module, owner: str, merges: list[Merge], keys: dict[str, str]) -> bool:
     """Experts that the checkpoint keeps apart; False when these tensors are something else."""
     fused = model.get_submodule(owner)
-    found = {merge: expert_of(merge, owner) for merge in merges}
-    if any(each is None for each in found.values()):
+    found = gathered(merges, owner)
+    if found is None:
         return False
-    names: dict[str, dict[int, str]] = {}
-    stems: dict[tuple[int, str], str] = {}
-    for merge, expert in found.items():
-        assert expert is not None  # looked at above
-        names.setdefault(merge.targets[0].rpartition(".")[2], {})[merge.position] = expert[1]
-        stems[expert] = merge.key
-    parts = {name: Part(tuple(held[i] for i in sorted(held))) for name, held in names.items()}
+    parts, stems = found
     layers = empty_layers(fused, parts)
     absent = [f"{n}.{p}" for n, layer in enumerate(layers) for p in layer if (n, p) not in stems]
     if absent or len(stems) != sum(len(layer) for layer in layers):

@@ -169,12 +169,7 @@ def make_judge(
     def judge() -> float:
         error = update = 0.0
         for batch, output in chosen:
-            reference, hidden = output.to(device), batch.hidden.to(device)
-            change = batch.run(block, device) - reference
-            own = reference - hidden
-            if batch.mask is not None:
-                keep = batch.mask.to(device).unsqueeze(-1)
-                change, own = change * keep, own * keep
+            change, own = batch.against(batch.run(block, device), output)
             error += float(change.double().square().sum())
             update += float(own.double().square().sum())
         relative = error / max(update, 1e-300)

@@ -43,6 +43,15 @@ class Batch:
         """The block's output on `device`; `keep` what it writes for later blocks, or forget it."""
         return self.call.run(block, self.hidden.to(device), keep)
 
+    def against(self, output: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        """What `output` is off `reference`, and what `reference` adds to the input; zero at padding."""
+        reference = reference.to(output.device)
+        change, own = output - reference, reference - self.hidden.to(output.device)
+        if self.mask is not None:
+            keep = self.mask.to(output.device).unsqueeze(-1)
+            change, own = change * keep, own * keep
+        return change, own
+
     def whole(self, block: nn.Module, device: torch.device) -> list[Tensor]:
         """The block's output, and the tensors that it writes for later blocks."""
         written: list[Tensor] = []

@@ -126,10 +126,5 @@ def _loss(
     def replaced(*args: Any, **kwargs: Any) -> Any:
         return functional_call(block, weights, args, kwargs)
 
-    hidden, target = batch.hidden.to(device), target.to(device)
-    change = batch.call.run(replaced, hidden) - target
-    own = target - hidden
-    if batch.mask is not None:
-        keep = batch.mask.to(device).unsqueeze(-1)
-        change, own = change * keep, own * keep
+    change, own = batch.against(batch.call.run(replaced, batch.hidden.to(device)), target)
     return change.square().sum() / own.square().sum().clamp_min(torch.finfo(torch.float32).tiny)

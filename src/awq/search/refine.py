@@ -12,12 +12,13 @@ G is damped as it is for GPTQ, so that what is fitted are the tokens at large an
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from awq.search.gram import InputStats
+from awq.search.gram import InputStats, output_error
 from awq.search.rounding import DAMPING, Codes
 
 # Channels whose codes move before the effect on all others is brought up to date.
@@ -40,10 +41,10 @@ def refine(
         rounds: how often; gains halve from one to the next.
         mover: moves the codes of a panel; on some devices another than this module's is faster.
     """
-    grams = damped(stats.gram)
+    stats = dataclasses.replace(stats, gram=damped(stats.gram))
     for _ in range(rounds):
-        codes = _refitted(weight, grams, codes)
-        codes = _descended(weight, grams, codes, 2**bits - 1, mover or move_panel)
+        codes = _refitted(weight, stats, codes)
+        codes = _descended(weight, stats.gram, codes, 2**bits - 1, mover or move_panel)
     return codes
 
 
@@ -99,7 +100,8 @@ def _descended(weight: Tensor, grams: Tensor, start: Codes, levels: int, mover: 
     return Codes(out, start.scales, start.zeros)
 
 
-def _refitted(weight: Tensor, grams: Tensor, start: Codes) -> Codes:
+def _refitted(weight: Tensor, stats: InputStats, start: Codes) -> Codes:
+    grams = stats.gram
     parts, width, _ = grams.shape
     groups = start.scales.shape[1] // parts
     rows = max(1, _FLOATS // (width * groups))
@@ -122,7 +124,8 @@ def _refitted(weight: Tensor, grams: Tensor, start: Codes) -> Codes:
         dim=1,
     )
     new = Codes(start.codes, scales, start.zeros)
-    better = _error(weight, new, grams) < _error(weight, start, grams)
+    after, before = (output_error(codes.values() - weight, stats) for codes in (new, start))
+    better = after < before
     return Codes(start.codes, torch.where(better.unsqueeze(1), scales, start.scales), start.zeros)
 
 
@@ -145,10 +148,3 @@ def _best_scales(weight: Tensor, codes: Tensor, zeros: Tensor, old: Tensor, gram
     # A group of zeros has no best scale, and a wild one would be of no use to the next step.
     sane = (scales > 0.25 * old.float()) & (scales < 4 * old.float()) & (failed == 0).unsqueeze(1)
     return torch.where(sane, scales, old.float()).to(old.dtype)
-
-
-def _error(weight: Tensor, codes: Codes, grams: Tensor) -> Tensor:
-    """Error of each row under damped statistics, `[out]`."""
-    parts, width, _ = grams.shape
-    delta = (codes.values() - weight).view(len(weight), parts, width).transpose(0, 1)
-    return (torch.bmm(delta, grams) * delta).sum(dim=(0, 2))
