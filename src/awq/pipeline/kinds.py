@@ -26,9 +26,8 @@ from awq.model.layers import Fold, Structure, linears_of, readers_of
 from awq.model.overrides import Overrides
 
 _NAMED = "named in modules_to_not_convert"
-
-
 _SHARED = "other blocks share its weights"
+_TURNED = "a Conv1D, which no reader of the {} layout takes"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +206,7 @@ def _skip_reasons(
         elif name in routers:
             reasons[name] = "it decides which experts a token goes to"
         elif name in turned and config.format in NO_CONV1D:
-            reasons[name] = f"a Conv1D, which no reader of the {config.format} layout takes"
+            reasons[name] = _TURNED.format(config.format)
         elif name not in ran:
             reasons[name] = "did not run on the probe text"
         elif reason := layout.supports(linear.out_features, linear.in_features, size, config.bits):
@@ -305,6 +304,8 @@ def _served(
     other = dataclasses.replace(config, group_size=group_size)
     count = 0
     for kind, block in zip(kinds, blocks, strict=True):
-        named = frozenset(name for name, reason in kind.skipped.items() if reason in (_NAMED, _SHARED))
+        # What no group size changes.
+        lasting = (_NAMED, _SHARED, _TURNED.format(config.format))
+        named = frozenset(name for name, reason in kind.skipped.items() if reason in lasting)
         count += len(linears_of(block)) - len(_skip_reasons(block, kind.structure, other, named))
     return count
