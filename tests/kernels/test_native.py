@@ -214,11 +214,11 @@ def test_an_instruction_set_can_be_asked_for_or_all_refused(monkeypatch: pytest.
 
 
 def test_another_system_is_refused_by_name_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(sys, "platform", "freebsd14")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         choice = choose(SPEC)
-    assert "not cpu-w4a16: it is written for x86-64 Linux" in choice.reason
+    assert "not cpu-w4a16: it is written for Linux on x86-64 and ARM" in choice.reason
     assert choice.kernel.name in ("cpu-int4", "torch")
 
 
@@ -226,3 +226,22 @@ def test_a_processor_without_the_instructions_is_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr(native, "available", list)
     monkeypatch.setattr(native.platform, "machine", lambda: "x86_64")
     assert native.load() == "the processor lacks AVX2"
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "features", "expected"),
+    [
+        ("linux", "aarch64", "Features\t: fp asimd asimddp", ["neon-dot", "neon"]),
+        ("linux", "aarch64", "Features\t: fp asimd", ["neon"]),
+        ("linux", "x86_64", "flags\t\t: sse2 avx2 fma f16c", ["avx2"]),
+        ("darwin", "arm64", "", ["neon-dot", "neon"]),
+        ("darwin", "x86_64", "", []),
+    ],
+)
+def test_what_a_processor_has_is_read_where_each_system_says_it(
+    system: str, machine: str, features: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(native.platform, "machine", lambda: machine)
+    monkeypatch.setattr(Path, "read_text", lambda _: f"processor\t: 0\n{features}\n")
+    assert native.available() == expected

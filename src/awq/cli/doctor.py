@@ -174,7 +174,7 @@ def _missing(native: dict[str, Any], packages: list[dict[str, Any]]) -> list[dic
     if native["reason"] and library.available():
         cure = native["reason"]
         if library.compiler() is None:
-            cure += ": apt install g++, dnf install gcc-c++, or name a compiler in CXX"
+            cure += ": apt install g++, dnf install gcc-c++, xcode-select --install, or name one in CXX"
         missing.append({"what": "the C++ products", "for": "speed on this CPU", "cure": cure})
     if torch.cuda.is_available():
         lacking = triton_int4.missing()

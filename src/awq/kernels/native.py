@@ -32,18 +32,21 @@ _SOURCES = Path(__file__).parent / "cpp"
 _OPTIONS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-exceptions", "-fno-math-errno", "-w")
 _AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
-# Best first: what the processor must have, as Linux calls it; compilers call most of it the same.
+# Best first: what the processor must have, as Linux calls it; for x86-64 compilers call most of it the same.
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
     "amx": (*_AVX512, "avx512_vnni", "amx_tile", "amx_int8"),
     "avx512-vnni": (*_AVX512, "avx512_vnni"),
     "avx512": _AVX512,
     "avx2-vnni": (*_AVX2, "avx_vnni"),
     "avx2": _AVX2,
+    "neon-dot": ("asimd", "asimddp"),
+    "neon": ("asimd",),
 }
+_ARM_OPTIONS = {"neon-dot": "-march=armv8.2-a+dotprod", "neon": "-march=armv8-a"}
+_SYSTEMS = (("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64"))
 _CONDITIONS = (OSError, subprocess.SubprocessError)
 # Seconds; a library takes about three on a quiet machine.
 _PATIENCE = 300
-_DIGEST = hashlib.sha256().digest_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +66,9 @@ def load() -> Native | str:
     asked = os.environ.get("AWQ_CPU_ISA", "")
     if asked == "none":
         return "AWQ_CPU_ISA=none is set"
-    if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
-        return f"it is written for x86-64 Linux, not for {platform.machine()} {platform.system()}"
+    if (sys.platform, platform.machine()) not in _SYSTEMS:
+        served = "Linux on x86-64 and ARM and for macOS on ARM"
+        return f"it is written for {served}, not for {platform.system()} on {platform.machine()}"
     usable = available()
     if asked:
         usable = [name for name in usable if name == asked]
@@ -89,12 +93,14 @@ def load() -> Native | str:
 
 def available() -> list[str]:
     """Instruction sets that this processor has, best first."""
+    if sys.platform == "darwin":  # each of Apple's own has both
+        return list(_ARM_OPTIONS) if platform.machine() == "arm64" else []
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return []
-    line = next((line for line in text.splitlines() if line.startswith("flags")), "")
-    flags = set(line.split())
+    words = ("flags", "Features")  # on x86-64 and on ARM
+    flags = set(next((line for line in text.splitlines() if line.startswith(words)), "").split())
     return [name for name, needed in INSTRUCTION_SETS.items() if flags >= set(needed)]
 
 
@@ -163,13 +169,12 @@ def _compile(file: Path, name: str) -> str | None:
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr.strip()]
             return f"{path} cannot compile it for {name}: {lines[0] or done.returncode}"
-        # A checksum behind the library's end, which loaders do not look at: loading half a library would not
-        # be an error but the end of the process.
-        with open(made, "r+b") as handle:
-            digest = hashlib.sha256(handle.read()).digest()
-            handle.write(digest)
-            handle.flush()
+        # Loading half a library would not be an error but the end of the process. The checksum is a file of
+        # its own, because macOS ends processes that load what was changed after it was linked.
+        with open(made, "rb") as handle:
+            digest = hashlib.sha256(handle.read()).hexdigest()
             os.fsync(handle.fileno())
+        _checksum(file).write_text(digest)
         os.replace(made, file)
     finally:
         with suppress(OSError):
@@ -181,10 +186,9 @@ def _loaded(file: Path, name: str, pool: int) -> Native | str:
     """Load a library and see that it multiplies right."""
     if file.stat().st_uid not in (os.getuid(), 0):
         return f"{file} belongs to another user"
-    content = file.read_bytes()
-    if hashlib.sha256(content[:-_DIGEST]).digest() != content[-_DIGEST:]:
-        return f"{file} is damaged"
     try:
+        if hashlib.sha256(file.read_bytes()).hexdigest() != _checksum(file).read_text():
+            return f"{file} is damaged"
         library = ctypes.CDLL(str(file))
         _declare(library)
     except (OSError, AttributeError) as error:
@@ -209,7 +213,13 @@ def _declare(library: Any) -> None:
         getattr(library, name).restype = None
 
 
+def _checksum(file: Path) -> Path:
+    return file.with_suffix(".sha256")
+
+
 def _flags(name: str) -> list[str]:
+    if name in _ARM_OPTIONS:
+        return [_ARM_OPTIONS[name]]
     return [f"-m{flag.replace('amx_', 'amx-').replace('_', '')}" for flag in INSTRUCTION_SETS[name]]
 
 
@@ -224,7 +234,7 @@ def _key(name: str) -> str:
 def _thread_pool() -> int | None:
     """The address of `GOMP_parallel` in the OpenMP library that PyTorch has loaded, whichever it is."""
     found = [ctypes.CDLL(None)]
-    for file in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*")):
+    for file in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.*")):  # .so, .so.1, .dylib
         with suppress(OSError):
             found.append(ctypes.CDLL(str(file), mode=os.RTLD_NOLOAD))
     for library in found:

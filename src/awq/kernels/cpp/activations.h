@@ -45,44 +45,15 @@ void scale_of(float largest, float& scale, float& inverse) {
     }
 }
 
-// One chunk of one row; always eight values at a time, for AVX2 has all that it takes.
+// One chunk of one row.
 template <int D>
 void pack_chunk(const Call& call, int64_t row, int64_t c) {
     alignas(32) float values[CHUNK];
     const int n = call.chunk;
     read(values, call.x, row * call.x_stride + c * n, call.x_kind, n);
-    // As whole numbers, sizes of floats have the order of the floats, and NaN is above infinity.
-    __m256i most = _mm256_setzero_si256();
-    for (int i = 0; i < n; i += 8) {
-        const __m256i bits = _mm256_castps_si256(_mm256_load_ps(values + i));
-        most = _mm256_max_epi32(most, _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)));
-    }
-    alignas(32) uint32_t eight[8];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(eight), most);
-    uint32_t largest = 0;
-    for (uint32_t size : eight) largest = size > largest ? size : largest;
     float scale, inverse;
-    scale_of<D>(float_of(largest), scale, inverse);
-    int8_t* digits = call.digits + (c * call.rows + row) * D * n;
-    const __m256i first_bytes = _mm256_set1_epi32(0x0c080400);
-    __m256i sum = _mm256_setzero_si256();
-    for (int i = 0; i < n; i += 8) {
-        const __m256 scaled = _mm256_mul_ps(_mm256_load_ps(values + i), _mm256_set1_ps(inverse));
-        __m256i left = _mm256_cvtps_epi32(scaled);
-        sum = _mm256_add_epi32(sum, left);
-        for (int d = 0; d < D; d++) {
-            // Interleaving the bytes of both halves gives ORDER.
-            const __m256i bytes = _mm256_shuffle_epi8(left, first_bytes);
-            const __m128i both =
-                _mm_unpacklo_epi8(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
-            _mm_storel_epi64(reinterpret_cast<__m128i*>(digits + d * n + i), both);
-            const __m256i digit = _mm256_srai_epi32(_mm256_slli_epi32(left, 24), 24);
-            left = _mm256_srai_epi32(_mm256_sub_epi32(left, digit), 8);
-        }
-    }
-    _mm256_store_si256(reinterpret_cast<__m256i*>(eight), sum);
-    int64_t total = 0;
-    for (uint32_t part : eight) total += int32_t(part);
-    call.x_scale[c * call.rows + row] = scale;
-    call.x_sum[c * call.rows + row] = float(total);
+    scale_of<D>(float_of(largest_size(values, n)), scale, inverse);
+    const int64_t at = c * call.rows + row;
+    call.x_scale[at] = scale;
+    call.x_sum[at] = float(write_digits<D>(call.digits + at * D * n, values, inverse, n));
 }

@@ -1,10 +1,7 @@
 // Activations, scales and results in float32, float16 and bfloat16.
 #pragma once
 
-#include <immintrin.h>
-
-#include <cstdint>
-#include <cstring>
+#include "simd.h"
 
 enum Kind { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 
@@ -26,10 +23,7 @@ static inline void read(float* to, const void* from, int64_t at, Kind kind, int 
         std::memcpy(to, static_cast<const float*>(from) + at, 4 * count);
     } else if (kind == FLOAT16) {
         const uint16_t* half = static_cast<const uint16_t*>(from) + at;
-        for (int i = 0; i < count; i += 8) {
-            const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(half + i));
-            _mm256_storeu_ps(to + i, _mm256_cvtph_ps(eight));
-        }
+        for (int i = 0; i < count; i += 8) floats_of_halves(to + i, half + i);
     } else {
         const uint16_t* high = static_cast<const uint16_t*>(from) + at;
         for (int i = 0; i < count; i++) to[i] = float_of(uint32_t(high[i]) << 16);
@@ -51,10 +45,12 @@ static inline void write(void* to, int64_t at, const float* from, Kind kind, int
     } else {
         uint16_t* half = static_cast<uint16_t*>(to) + at;
         int i = 0;
-        for (; i + 8 <= count; i += 8) {
-            const __m128i eight = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(half + i), eight);
-        }
-        for (; i < count; i++) half[i] = _cvtss_sh(from[i], _MM_FROUND_TO_NEAREST_INT);
+        for (; i + 8 <= count; i += 8) halves_of_floats(half + i, from + i);
+        if (i == count) return;
+        float last[8] = {};
+        uint16_t halves[8];
+        std::memcpy(last, from + i, 4 * (count - i));
+        halves_of_floats(halves, last);
+        std::memcpy(half + i, halves, 2 * (count - i));
     }
 }

@@ -29,9 +29,6 @@ constexpr int MOST_ROWS = 240;   // of a task: its sums, and its activations of 
 constexpr int AHEAD = 4096;      // bytes to ask the memory for in advance
 constexpr int FEWEST_ROWS = 32;  // below that, expanding the codes weighs too much
 
-// Past the end of the memory this does nothing.
-inline void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-
 // ---- products ----------------------------------------------------------------------------------------------
 
 // Codes of one chunk of a block, one to a byte: [chunk / 4][64 outputs][4 bytes].
