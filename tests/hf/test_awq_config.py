@@ -43,7 +43,7 @@ def kernels(model: Any) -> set[str]:
         ({"do_fuse": False, "fuse_max_seq_len": 64}, "fuse_max_seq_len has no effect with do_fuse=False"),
         ({"exllama_config": {"version": 2}}, "exllama_config has no effect"),
         ({"backend": "exllama_v2"}, "OpenAWQ takes the fastest of its own"),
-        ({"backend": "marlin"}, "OpenAWQ takes the fastest of its own"),
+        ({"backend": "machete"}, "OpenAWQ takes the fastest of its own"),
         ({"no_such_option": 1}, "does not know no_such_option"),
     ],
 )
@@ -72,6 +72,19 @@ def test_options_that_mean_what_happens_anyway_are_silent(options: dict[str, Any
 )
 def test_a_backend_that_names_a_kernel_of_ours_is_obeyed(backend: str, kernel: str, checkpoint: Path) -> None:
     assert kernels(loaded_with(checkpoint, AwqConfig(backend=backend))) == {kernel}
+
+
+def test_the_marlin_backend_asks_for_what_there_is_of_its_kind_and_loads_where_there_is_none(
+    checkpoint: Path,
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = AwqConfig(backend="marlin")
+    model = loaded_with(checkpoint, config)
+    layer = next(module for module in model.modules() if isinstance(module, QuantLinear))
+    assert "not humming: it runs on NVIDIA GPUs, not on cpu" in layer.prepare(prefer="marlin").reason
+    assert layer._prefer == "marlin"
+    assert kernels(model) == kernels(loaded_with(checkpoint, AwqConfig()))
 
 
 def test_an_unknown_backend_is_an_error_that_lists_the_kernels() -> None:

@@ -167,8 +167,8 @@ def _missing(native: dict[str, Any], packages: list[dict[str, Any]]) -> list[dic
     """What could be had, and how."""
     import torch
 
+    from awq.kernels import humming, triton_int4
     from awq.kernels import native as library
-    from awq.kernels import triton_int4
 
     missing = []
     if native["reason"] and library.available():
@@ -177,9 +177,12 @@ def _missing(native: dict[str, Any], packages: list[dict[str, Any]]) -> list[dic
             cure += ": apt install g++, dnf install gcc-c++, xcode-select --install, or name one in CXX"
         missing.append({"what": "the C++ products", "for": "speed on this CPU", "cure": cure})
     if torch.cuda.is_available():
-        lacking = triton_int4.missing()
-        if lacking:
-            missing.append({"what": "triton", "for": "fast kernels on the GPU", "cure": lacking})
+        for what, purpose, lacking in (
+            ("triton", "fast kernels on the GPU", triton_int4.missing()),
+            ("humming-kernels", 'backend="marlin" on the GPU', humming.missing()),
+        ):
+            if lacking:
+                missing.append({"what": what, "for": purpose, "cure": lacking})
     elif shutil.which("nvidia-smi") or shutil.which("rocm-smi"):
         cure = f"PyTorch {torch.__version__} does not see it: see https://pytorch.org/get-started"
         missing.append({"what": "the GPU", "for": "running on it", "cure": cure})

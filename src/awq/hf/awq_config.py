@@ -19,7 +19,7 @@ _KERNEL_VERSIONS = ("exllama", "ipex")
 _KERNEL_OF_BACKEND = {"torch_awq": "torch", "torch_fused_awq": "torch"}
 _AUTOMATIC = ("auto", "auto_trainable", "autoawq", "llm-awq")
 _FOREIGN_BACKENDS = (
-    *("exllama", "exllama_v1", "exllama_v2", "ipex", "machete", "marlin"),
+    *("exllama", "exllama_v1", "exllama_v2", "ipex", "machete"),
     *("gemm", "gemm_triton", "gemv", "gemv_fast"),
 )
 _FUSING = ("do_fuse", "fuse_max_seq_len", "modules_to_fuse")
@@ -93,23 +93,23 @@ def _parameters() -> set[str]:
 
 def _kernel(backend: str, quiet: bool) -> str:
     """The kernel that is asked for, or `auto`; what a checkpoint was made with is nobody's request."""
-    from awq.kernels import kernel_names
+    from awq.kernels import kernel_choices
 
     backend = _KERNEL_OF_BACKEND.get(backend, backend)
     if backend in _AUTOMATIC:
         return "auto"
-    if backend in kernel_names():
+    if backend in kernel_choices():
         return backend
     if quiet:
         return "auto"
     if backend not in _FOREIGN_BACKENDS:
         raise ConfigError(
-            f"backend={backend!r} is unknown; OpenAWQ's kernels are: {', '.join(kernel_names())}, "
+            f"backend={backend!r} is unknown; OpenAWQ's kernels are: {', '.join(kernel_choices())}, "
             "and `auto` takes the fastest that fits"
         )
     _warn(
         f"backend={backend!r} is a kernel of another package; OpenAWQ takes the fastest of its own that fits "
-        f"each layer (to insist on one, name it: {', '.join(kernel_names())})"
+        f"each layer (to insist on one, name it: {', '.join(kernel_choices())})"
     )
     return "auto"
 

@@ -13,7 +13,7 @@ from awq.formats.detect import detect, method_of
 from awq.hf.differences import told
 from awq.hf.fuse import fuse as fuse_layers
 from awq.hf.registration import register
-from awq.kernels import kernel_names
+from awq.kernels import kernel_choices
 from awq.model.classes import auto_class
 from awq.model.fetch import resolve
 from awq.model.quantized import QuantizedCheckpoint, quantization_entry
@@ -71,8 +71,8 @@ def load_quantized(
         options = {"dtype": dtype, "device_map": device_map, "max_memory": max_memory, "kernel": kernel}
         options |= {"fuse": fuse, "max_seq_len": max_seq_len, "trust_remote_code": trust_remote_code}
         return _load_foreign(folder, **options, **kwargs)
-    if kernel is not None and kernel not in kernel_names():
-        raise ConfigError(f"kernel {kernel!r} is unknown; known are: {', '.join(kernel_names())}")
+    if kernel is not None and kernel not in kernel_choices():
+        raise ConfigError(f"kernel {kernel!r} is unknown; known are: {', '.join(kernel_choices())}")
     reader = CheckpointReader(folder)  # raises on missing and damaged files
     register()
     optional = {"max_memory": max_memory} if max_memory is not None else {}

@@ -11,12 +11,13 @@ from torch import Tensor
 from awq.errors import KernelError
 from awq.kernels.cpu_int4 import CpuInt4
 from awq.kernels.cpu_native import CpuNative, CpuW4A8
+from awq.kernels.humming import Humming
 from awq.kernels.spec import LayerSpec
 from awq.kernels.torch_dequant import TorchDequant
 from awq.kernels.triton_int4 import TritonInt4
 from awq.weight import QuantizedWeight
 
-__all__ = ["Choice", "Kernel", "LayerSpec", "choose", "kernel_named", "kernel_names"]
+__all__ = ["Choice", "Kernel", "LayerSpec", "choose", "kernel_choices", "kernel_named", "kernel_names"]
 
 
 class Kernel(Protocol):
@@ -45,8 +46,10 @@ class Kernel(Protocol):
 
 # Fastest first; the last one serves everything and is what the others are tested against.
 _KERNELS: tuple[Kernel, ...] = (CpuNative(), CpuInt4(), TritonInt4(), TorchDequant())
-# Less exact than their dtype: only for who asks.
-_ON_REQUEST: tuple[Kernel, ...] = (CpuW4A8(),)
+# Only for who asks: less exact than its dtype, or compiled for each size of batch as it comes.
+_ON_REQUEST: tuple[Kernel, ...] = (CpuW4A8(), Humming())
+# Names by which users know a kind of kernel, and which of ours come first then, where they serve.
+_KINDS = {"marlin": ("humming",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +61,13 @@ class Choice:
 
 
 def kernel_names() -> tuple[str, ...]:
-    """Names that `choose` takes."""
+    """Names of the kernels."""
     return tuple(kernel.name for kernel in (*_KERNELS, *_ON_REQUEST))
+
+
+def kernel_choices() -> tuple[str, ...]:
+    """Names that `choose` takes: those of the kernels, and `marlin` for the nearest there is to it."""
+    return (*kernel_names(), *_KINDS)
 
 
 def kernel_named(name: str) -> Kernel:
@@ -71,7 +79,7 @@ def kernel_named(name: str) -> Kernel:
     for kernel in (*_KERNELS, *_ON_REQUEST):
         if kernel.name == name:
             return kernel
-    raise KernelError(f"kernel {name!r} is unknown; known are: {', '.join(kernel_names())}")
+    raise KernelError(f"kernel {name!r} is unknown; known are: {', '.join(kernel_choices())}")
 
 
 def choose(spec: LayerSpec, prefer: str | None = None) -> Choice:
@@ -79,20 +87,24 @@ def choose(spec: LayerSpec, prefer: str | None = None) -> Choice:
 
     Args:
         spec: the layer.
-        prefer: insist on this one.
+        prefer: insist on this kernel; or, with the name of a kind (`marlin`), take one of that kind where it
+            serves the layer, and the fastest otherwise.
 
     Raises:
         KernelError: the preferred one does not exist or cannot serve the layer.
     """
-    if prefer is not None:
+    kind = _KINDS.get(prefer or "", ())
+    if prefer is not None and not kind:
         kernel = kernel_named(prefer)
         reason = kernel.refuses(spec)
         if reason:
             raise KernelError(f"kernel {prefer!r} cannot serve this layer: {reason}")
         return Choice(kernel, f"{prefer}: asked for")
     refusals: list[str] = []
-    for kernel in _KERNELS:
+    for kernel in (*map(kernel_named, kind), *_KERNELS):
         reason = kernel.refuses(spec)
+        if reason is None and kernel.name in kind:
+            return Choice(kernel, f"{kernel.name}: what there is of kind {prefer}")
         if reason is None:
             because = f" ({'; '.join(refusals)})" if refusals else ""
             return Choice(kernel, f"{kernel.name}: the fastest that serves {spec}{because}")
