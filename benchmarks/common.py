@@ -46,6 +46,7 @@ def add_subject_options(parser: argparse.ArgumentParser, samples: int) -> None:
         metavar="FOLDER:CALIB:EVAL[:SETTINGS]",
         help="a further Llama-like model with its texts; SETTINGS such as w4g64,w4g32",
     )
+    parser.add_argument("--without-bundled", action="store_true", help="measure the models named alone")
     parser.add_argument("--samples", type=int, default=samples, help="calibration samples")
     parser.add_argument("--seq-len", type=int, default=256, help="tokens of a sample and of a window")
     parser.add_argument("--windows", type=int, default=100, help="evaluation windows")
@@ -57,7 +58,8 @@ def subjects(
 ) -> list[tuple[Subject, list[tuple[int, int]]]]:
     """The models named by the options, each with its (bits, group size) settings."""
     folder = resources.files("awq").joinpath("data/books6m")
-    rows = [(Path(str(folder)), "bundled", "bundled", bundled_settings)]
+    bundled = (Path(str(folder)), "bundled", "bundled", bundled_settings)
+    rows = [] if options.without_bundled else [bundled]
     for item in options.model:
         path, calib, text, *rest = item.split(":")
         rows.append((Path(path), calib, text, rest[0] if rest else "w4g128"))
@@ -80,12 +82,17 @@ def _subject(folder: Path, calib: str, text: str, options: argparse.Namespace) -
     found = load_calibration(calib, tokenizer, samples=wanted, seq_len=options.seq_len, long="truncate")
     whole = [sample for sample in found.samples if len(sample) == options.seq_len]
     stride = max(1, len(whole) // options.samples)
-    documents = [ids[: options.windows * options.seq_len] for ids in document_ids(text, tokenizer)]
+    calibration = torch.stack(whole[::stride][: options.samples])
+    documents = held_out(text, tokenizer, options.windows, options.seq_len)
+    return Subject(folder.name, folder, calibration, documents, options.seq_len)
+
+
+def held_out(text: str, tokenizer: Any, windows: int, window: int) -> list[Tensor]:
+    """Evaluation tokens: the beginning of each document, or as many windows of a single one."""
+    documents = [ids[: windows * window] for ids in document_ids(text, tokenizer)]
     if len(documents) > 1:
-        documents = [ids[: options.seq_len] for ids in documents[: options.windows]]
-    return Subject(
-        folder.name, folder, torch.stack(whole[::stride][: options.samples]), documents, options.seq_len
-    )
+        documents = [ids[:window] for ids in documents[:windows]]
+    return documents
 
 
 def finish(options: argparse.Namespace, figures: dict[str, Any]) -> None:

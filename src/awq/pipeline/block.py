@@ -37,7 +37,7 @@ from awq.search.scale import expand
 # Most weights of layers with a common input that are rounded together (float32: 1 GB).
 _STACKED = 1 << 28
 # Tokens on which candidates for a block are compared through the block itself.
-_JUDGED_TOKENS = 8192
+_JUDGED_TOKENS = 4096
 
 
 @dataclasses.dataclass(frozen=True)

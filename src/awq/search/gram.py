@@ -14,6 +14,10 @@ import dataclasses
 import torch
 from torch import Tensor
 
+# Rows of G that are added up together at least, and the most such strips: products wide enough for the caches,
+# and nearly half of the work saved.
+_STRIP, _STRIPS = 256, 8
+
 
 @dataclasses.dataclass(frozen=True)
 class InputStats:
@@ -80,19 +84,31 @@ class GramAccumulator:
         if keep is not None:
             rows = rows[keep.reshape(-1)]
         rows = rows.float()
-        finite = torch.isfinite(rows).all(dim=1)
-        if not bool(finite.all()):
+        sums = rows.abs().sum(dim=0)
+        # One look at the sums is enough for nearly every batch.
+        if not bool(torch.isfinite(sums).all()):
+            finite = torch.isfinite(rows).all(dim=1)
             self.dropped += int((~finite).sum())
             rows = rows[finite]
-        parts, width, _ = self._gram.shape
-        split = rows.view(rows.shape[0], parts, width).transpose(0, 1)
-        self._gram.baddbmm_(split.transpose(1, 2), split)
-        self._abs += rows.abs().sum(dim=0)
+            sums = rows.abs().sum(dim=0)
+        for gram, columns in zip(self._gram, rows.split(self._gram.shape[1], dim=1), strict=True):
+            for strip in self._strips():
+                gram[strip, : strip.stop].addmm_(columns[:, strip].t(), columns[:, : strip.stop])
+        self._abs += sums
         self.tokens += rows.shape[0]
+
+    def _strips(self) -> list[slice]:
+        """Rows of a part of G. What lies above the diagonal's blocks is not added up: G is symmetric."""
+        width = self._gram.shape[1]
+        size = max(_STRIP, -(-width // _STRIPS))
+        return [slice(begin, min(begin + size, width)) for begin in range(0, width, size)]
 
     def finish(self) -> InputStats:
         """The statistics so far, all zero when no row was counted; the sums are used up."""
         count = max(self.tokens, 1)
+        for strip in self._strips():
+            before = slice(0, strip.start)
+            self._gram[:, before, strip] = self._gram[:, strip, before].transpose(1, 2)
         return InputStats(self._gram.div_(count), self._abs.div_(count), self.tokens, self.dropped)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from awq.search.gram import InputStats, output_error
-from awq.search.rounding import DAMPING, Codes
+from awq.search.rounding import DAMPING, Codes, visiting_order
 
 # Channels whose codes move before the effect on all others is brought up to date.
 _PANEL = 128
@@ -84,8 +84,8 @@ def _descended(weight: Tensor, grams: Tensor, start: Codes, levels: int, mover: 
     out = torch.empty_like(start.codes)
     parts, width, _ = grams.shape
     for part in range(parts):
-        # The most energetic first; channels along rows, so that each step works on contiguous memory.
-        order = torch.argsort(grams[part].diagonal(), descending=True, stable=True)
+        # Channels along rows, so that each step works on contiguous memory.
+        order = visiting_order(grams[part])
         gram = grams[part][order][:, order]
         columns = order + part * width
         scales, zeros = (t.float()[:, columns // size].t().contiguous() for t in start[1:])

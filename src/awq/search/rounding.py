@@ -116,6 +116,11 @@ def inverse_factor(gram: Tensor) -> Tensor:
         damping *= 10
 
 
+def visiting_order(gram: Tensor) -> Tensor:
+    """Channels of `gram` `[in, in]`, the most energetic first, int64 `[in]`."""
+    return torch.argsort(gram.diagonal(), descending=True, stable=True)
+
+
 def round_panel(rest: Tensor, upper: Tensor, scales: Tensor, zeros: Tensor, levels: int) -> Tensor:
     """Round a panel of channels one after another; each one's error moves to those behind it.
 
@@ -165,7 +170,7 @@ def gptq(
     for part in range(parts):
         start = part * width
         gram = stats.gram[part]
-        order = torch.argsort(gram.diagonal(), descending=True, stable=True)
+        order = visiting_order(gram)
         upper = inverse_factor(gram[order][:, order])
         columns = order + start
         group = columns // size

@@ -1,0 +1,242 @@
+"""What `study.py` measures: options of the product, and ingredients that are put in place of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from awq.model.layers import watch_inputs
+from awq.pipeline import block as blocks
+from awq.pipeline import observe, run
+from awq.search import Codes, GramAccumulator, InputStats, clip, rounding, scale
+
+# `awq.search` has a function of that name.
+refining = import_module("awq.search.refine")
+
+# Changes made before a run and taken back behind it, given the model's folder and the calibration samples.
+Patch = Callable[[Path, Tensor], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """Options that differ from the defaults, and what else is put in place."""
+
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    patches: tuple[Patch, ...] = ()
+
+    @contextmanager
+    def in_place(self, folder: Path, samples: Tensor) -> Iterator[None]:
+        """Within a `with` block the product works this way."""
+        with ExitStack() as stack:
+            for each in self.patches:
+                stack.enter_context(each(folder, samples))
+            yield
+
+
+def replaced(module: Any, name: str, value: Any) -> Patch:
+    """A name of a module stands for something else."""
+    return lambda folder, samples: patch.object(module, name, value)
+
+
+def only_duo(steps: int, loss: Any, search: Any = scale._coarse_to_fine) -> dict[int, float]:
+    """Of the plain grid, the identity alone."""
+    return {0: loss(0)} if loss.args == ("plain",) else search(steps, loss)
+
+
+def whole_grid(steps: int, loss: Callable[[int], float]) -> dict[int, float]:
+    """Every exponent."""
+    return {step: loss(step) for step in range(steps)}
+
+
+def group_exponents(
+    weights: list[Tensor], stats: InputStats, grid: Any, tie: Tensor, settings: Any = None
+) -> scale.ScaleChoice:
+    """The product's choice, then every group of input channels with more or less of its own magnitude."""
+    found = search_scale(weights, stats, grid, tie, settings)
+    size = weights[0].shape[1] if grid.group_size == -1 else grid.group_size
+
+    def loss(trial: Tensor) -> float:
+        total = 0.0
+        for weight in weights:
+            wide = weight * scale.expand(trial, tie)
+            values = rounding.fake_quantize(wide, *rounding.full_range(wide, size), grid.bits, grid.dtype)
+            change = (values - wide) / scale.expand(trial, tie)
+            total += float(blocks.output_error(change, stats).sum())
+        return total
+
+    magnitude = scale._tied_mean(stats.mean_abs, tie, len(found.scale)).clamp_min(1e-8)
+    best, least = found.scale, loss(found.scale)
+    for begin in range(0, len(tie), size):
+        here = torch.zeros(len(best))
+        here[tie[begin : begin + size].clamp_min(0)] = 1
+        for exponent in (-0.2, -0.1, -0.05, 0.05, 0.1, 0.2):
+            trial = best * (magnitude / magnitude.log().mean().exp()) ** (exponent * here)
+            if (error := loss(trial)) < least:
+                best, least = trial, error
+    return dataclasses.replace(found, scale=best, loss=least, label=f"{found.label}, by group")
+
+
+search_scale = blocks.search_scale
+
+
+def untied(*args: Any, **kwargs: Any) -> blocks.BlockResult:
+    """No fold of one row into several channels, as v_proj → o_proj is under grouped-query attention."""
+    args = list(args)
+    args[3] = [fold for fold in args[3] if fold.tie.unique().numel() == fold.tie.numel()]
+    return quantize_block(*args, **kwargs)
+
+
+quantize_block = run.quantize_block
+
+
+def file_order(gram: Tensor) -> Tensor:
+    """Channels as they come."""
+    return torch.arange(len(gram), device=gram.device)
+
+
+def order_inside_groups(gram: Tensor, size: int) -> Tensor:
+    """Groups as they come, the most energetic channel of each first; a layer that has no groups as a whole."""
+    size = size if len(gram) % size == 0 else len(gram)
+    inside = torch.argsort(gram.diagonal().view(-1, size), descending=True, stable=True)
+    return (inside + size * torch.arange(len(inside), device=gram.device).unsqueeze(1)).flatten()
+
+
+def uncompensated(weight: Tensor, stats: Any, low: Tensor, high: Tensor, *args: Any) -> Codes:
+    """Rounding to nearest where GPTQ would be, so that what comes behind it can be seen alone."""
+    bits, dtype, _, symmetric = args
+    return rounding.nearest(weight, low, high, bits, dtype, symmetric)
+
+
+def estimated(
+    weight: Tensor, stats: InputStats, codes: Codes, bits: int, rounds: int, mover: Any = None
+) -> Codes:
+    """Scales by weighted least squares, then every weight to its nearest code again (as NNCF does)."""
+    stats = dataclasses.replace(stats, gram=refining.damped(stats.gram))
+    for _ in range(rounds):
+        codes = refining._refitted(weight, stats, codes)
+        grouped = weight.view(*codes.scales.shape, -1) / codes.scales.float().unsqueeze(-1)
+        near = (grouped.round() + codes.zeros.unsqueeze(-1)).clamp_(0, 2**bits - 1)
+        codes = Codes(near.view(weight.shape).to(torch.uint8), codes.scales, codes.zeros)
+    return refining._refitted(weight, stats, codes)
+
+
+@contextmanager
+def weighted_by_gradient(folder: Path, samples: Tensor) -> Iterator[None]:
+    """Each token counts in a Gram matrix as much as the model's loss depends on the layers that read it.
+
+    The weight is the squared gradient, with respect to the layers' outputs, of the log-likelihood of a token
+    drawn from the model's own prediction. This takes a backward pass through the whole model.
+    """
+    weights = gradients(folder, samples)
+    seen = iter(range(len(weights)))
+
+    def measured(block: nn.Module, structure: Any, layers: Any, batches: Any, *more: Any) -> observe.Seen:
+        plain = measure(block, structure, layers, batches, *more)
+        squares, place = weights[next(seen)], 0
+        sums = {first: GramAccumulator(item.in_features) for first, item in plain.stats.items()}
+        for batch in batches:
+            rows = slice(place, place + len(batch.hidden))
+            place = rows.stop
+
+            def note(name: str, inputs: Tensor, rows: slice = rows) -> None:
+                if name in sums:
+                    weight = sum(squares[each][rows] for each in structure.inputs[name])
+                    sums[name].add(inputs * weight.sqrt().unsqueeze(-1))
+
+            with watch_inputs(block, note):
+                batch.run(block, torch.device("cpu"))
+        stats = {
+            first: dataclasses.replace(plain.stats[first], gram=total.finish().gram)
+            for first, total in sums.items()
+        }
+        return dataclasses.replace(plain, stats=stats)
+
+    with patch.object(run, "measure", measured):
+        yield
+
+
+measure = run.measure
+
+
+@torch.enable_grad()
+def gradients(folder: Path, samples: Tensor) -> list[dict[str, Tensor]]:
+    """For each block and linear layer the squared gradients of each token, `[samples, tokens]`, mean 1."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    found: list[dict[str, list[Tensor]]] = [{} for _ in model.model.layers]
+
+    def keep(module: nn.Module, into: Any, out: Any, where: list[Tensor]) -> None:
+        where.append(out[0].square().mean(-1))
+
+    for block, places in zip(model.model.layers, found, strict=True):
+        for name, layer in block.named_modules():
+            if isinstance(layer, nn.Linear):
+                hook = partial(keep, where=places.setdefault(name, []))
+                layer.register_full_backward_hook(hook)
+    generator = torch.Generator().manual_seed(0)
+    for part in samples.split(8):
+        logs = model(part).logits.log_softmax(-1)
+        drawn = torch.multinomial(logs.detach().exp().flatten(0, 1), 1, generator=generator)
+        logs.flatten(0, 1).gather(1, drawn).sum().backward()
+        model.zero_grad()
+    whole = [{name: torch.cat(parts) for name, parts in places.items()} for places in found]
+    return [{name: each / each.mean() for name, each in places.items()} for places in whole]
+
+
+_NO_SCALES: dict[str, Any] = {"scale_steps": 1, "duo_scaling": False}
+_SYMMETRIC = replaced(clip, "_OFFSETS", ())
+_DUO = replaced(scale, "_coarse_to_fine", only_duo)
+_UNTIED = replaced(run, "quantize_block", untied)
+_UNCOMPENSATED = replaced(blocks, "gptq", uncompensated)
+
+
+def _ordered(order: Callable[[Tensor], Tensor]) -> tuple[Patch, ...]:
+    return replaced(rounding, "visiting_order", order), replaced(refining, "visiting_order", order)
+
+
+VARIANTS: dict[str, Variant] = {
+    "plain rounding": Variant({"method": "rtn"}),
+    "scales alone": Variant({"clip": False, "rounding": "nearest"}),
+    "scales alone, duo grid": Variant({"clip": False, "rounding": "nearest"}, (_DUO,)),
+    "scales alone, plain grid": Variant({"clip": False, "rounding": "nearest", "duo_scaling": False}),
+    "ranges alone": Variant({**_NO_SCALES, "rounding": "nearest"}),
+    "ranges alone, symmetric": Variant({**_NO_SCALES, "rounding": "nearest"}, (_SYMMETRIC,)),
+    "compensation alone": Variant({**_NO_SCALES, "clip": False, "rounding": "gptq", "refine": 0}),
+    "compensation and refining": Variant({**_NO_SCALES, "clip": False, "rounding": "gptq"}),
+    "AutoAWQ's scales and ranges, by Gram matrices": Variant(
+        {"rounding": "nearest"}, (_DUO, _SYMMETRIC, _UNTIED)
+    ),
+    "scales and ranges (preset fast)": Variant({"rounding": "nearest"}),
+    "scales, ranges, scale estimation": Variant(
+        {"rounding": "gptq", "refine": 2}, (_UNCOMPENSATED, replaced(blocks, "refine", estimated))
+    ),
+    "all but compensation": Variant({"rounding": "gptq"}, (_UNCOMPENSATED,)),
+    "all but refining": Variant({"refine": 0}),
+    "all but scales": Variant(_NO_SCALES),
+    "all but duo scales": Variant({"duo_scaling": False}),
+    "all but plain scales": Variant({}, (_DUO,)),
+    "all but tied v→o": Variant({}, (_UNTIED,)),
+    "all but ranges": Variant({"clip": False}),
+    "all, symmetric ranges": Variant({}, (_SYMMETRIC,)),
+    "all, channels in file order": Variant({}, _ordered(file_order)),
+    "all, ordered inside groups of 128": Variant({}, _ordered(partial(order_inside_groups, size=128))),
+    "all (preset balanced)": Variant(),
+    "refining once": Variant({"refine": 1}),
+    "refining 4 times": Variant({"refine": 4}),
+    "refining 8 times": Variant({"refine": 8}),
+    "every exponent of the grid": Variant({}, (replaced(scale, "_coarse_to_fine", whole_grid),)),
+    "twice as fine a grid": Variant({"scale_steps": 40}),
+    "exponents for each group": Variant({}, (replaced(blocks, "search_scale", group_exponents),)),
+    "tokens weighted by gradient": Variant({}, (weighted_by_gradient,)),
+    "preset best": Variant({"refine": 4, "tune": 120}),
+}
