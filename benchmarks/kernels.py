@@ -2,8 +2,12 @@
 
 All candidates take turns within each round, so that a machine that speeds up or slows down does so for all of
 them. Each has copies of its weight that together are larger than the caches, and uses another one each time:
-as in a model, the weight comes from memory. `of copy` is the bytes of the weight per second, as a share of
-what copying large tensors reaches here; on a processor, reading alone can be faster than that.
+as in a model, the weight comes from memory.
+
+The roofline is the speed at which either the memory or the arithmetic is the limit: the smallest of the
+weights and the activations at the speed of copying large tensors here (on a processor, reading alone can be
+faster), and the products at the speed of the fastest dense product found here: of floats, or, on a processor,
+of bytes, of which an activation is as many as `cpu-w4a16` takes (with one, `cpu-w4a8` can be above the line).
 
     python benchmarks/kernels.py --json kernels.json --picture kernels.svg
     AWQ_CPU_ISA=avx2 python benchmarks/kernels.py --rows 1 16 256
@@ -61,17 +65,29 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     bandwidth = copy_bandwidth(options.device)
-    console.print(f"{_device(options.device)}; copying reaches {bandwidth / 1e9:.1f} GB/s")
+    peak = peak_speed(options)
+    console.print(
+        f"{_device(options.device)}; copying reaches {bandwidth / 1e9:.1f} GB/s, "
+        f"dense products {peak / 1e12:.2f} TFLOP/s"
+    )
     found, refused = candidates(options)
     for name, reason in refused.items():
         console.print(f"not measured: {name}: {reason}")
     figures = measure(found, options)
+    smallest = min(candidate.bytes for candidate in found)
+    roofline = {rows: roof_seconds(rows, smallest, bandwidth, peak, options) for rows in options.rows}
     for row in figures:
         row["of_copy"] = row["bytes"] / (row["median_ms"] * 1e-3) / bandwidth
+        row["of_roofline"] = roofline[row["rows"]] / (row["median_ms"] * 1e-3)
     print_table(figures, options)
     if options.picture:
-        draw(figures, options)
-    everything = {"options": vars(options), "device": _device(options.device), "copy": bandwidth}
+        draw(figures, roofline, options)
+    everything = {
+        "options": vars(options),
+        "device": _device(options.device),
+        "copy": bandwidth,
+        "peak": peak,
+    }
     everything = json.loads(json.dumps(everything, default=str))
     finish(options, everything | {"refused": refused, "figures": figures})
 
@@ -106,6 +122,31 @@ def candidates(options: argparse.Namespace) -> tuple[list[Candidate], dict[str, 
         dense = (values.to(options.device, kind),)
         found.append(_rotating(f"dense {str(kind).removeprefix('torch.')}", _dense, dense, options))
     return found, refused
+
+
+def peak_speed(options: argparse.Namespace, size: int = 2048, repeats: int = 5) -> float:
+    """Operations per second of the fastest dense product of a size that caches hold, counted as of floats."""
+    dtype, device = getattr(torch, options.dtype), options.device
+    on_processor = torch.device(device).type == "cpu"
+    clock = _cpu_seconds if on_processor else _gpu_seconds
+    found = []
+    for kind in {dtype, torch.float32} if on_processor else {dtype}:
+        values = torch.randn(size, size, device=device).to(kind)
+        seconds = [clock(lambda inputs: F.linear(inputs, inputs), values) for _ in range(repeats)]
+        found.append(2 * size**3 / min(seconds))
+    if on_processor:
+        digits = kernel_named("cpu-w4a16").digits(dtype)  # type: ignore[attr-defined]
+        codes = torch.randint(-128, 128, (size, size), dtype=torch.int8)
+        seconds = [clock(lambda inputs: torch._int_mm(inputs, inputs), codes) for _ in range(repeats)]
+        found.append(2 * size**3 / min(seconds) / digits)
+    return max(found)
+
+
+def roof_seconds(rows: int, weight: int, bandwidth: float, peak: float, options: argparse.Namespace) -> float:
+    """Seconds that memory and arithmetic take at the least, for a weight of so many bytes."""
+    out, columns = (int(word) for word in options.layer.split("x"))
+    activations = rows * (out + columns) * getattr(torch, options.dtype).itemsize
+    return max((weight + activations) / bandwidth, 2 * rows * out * columns / peak)
 
 
 def _dense(inputs: Tensor, state: tuple[Tensor]) -> Tensor:
@@ -199,7 +240,7 @@ def print_table(figures: list[dict[str, Any]], options: argparse.Namespace) -> N
     names = list(dict.fromkeys(row["kernel"] for row in figures))
     table = Table(
         title=f"{options.layer}, groups of {options.group}, {options.dtype} activations: "
-        "median ms (quartiles), times as fast as the first dense, share of the copying bandwidth"
+        "median ms, quartiles, times as fast as the first dense, share of the roofline's speed"
     )
     table.add_column("rows", justify="right")
     for name in names:
@@ -209,15 +250,15 @@ def print_table(figures: list[dict[str, Any]], options: argparse.Namespace) -> N
         for row in (row for row in figures if row["rows"] == rows):
             low, high = row["quartiles_ms"]
             cells.append(
-                f"{row['median_ms']:.3f} ({low:.3f}-{high:.3f})\n"
-                f"{row['times_dense']:.2f}x {row['of_copy']:.0%}"
+                f"{row['median_ms']:.3g}\n{low:.3g}-{high:.3g}\n"
+                f"{row['times_dense']:.2f}x {row['of_roofline']:.0%}"
             )
         table.add_row(str(rows), *cells)
     console.print(table)
 
 
-def draw(figures: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """Rows (tokens) per second against rows, both logarithmic."""
+def draw(figures: list[dict[str, Any]], roofline: dict[int, float], options: argparse.Namespace) -> None:
+    """Rows (tokens) per second against rows, both logarithmic, below the roofline."""
     try:
         import matplotlib
     except ImportError:
@@ -233,6 +274,8 @@ def draw(figures: list[dict[str, Any]], options: argparse.Namespace) -> None:
         ]
         style = "--" if name.startswith("dense") else "-"
         axes.loglog(*zip(*points, strict=True), style, marker="o", markersize=4, base=2, label=name)
+    speeds = [rows / seconds for rows, seconds in roofline.items()]
+    axes.loglog(list(roofline), speeds, ":", color="black", base=2, label="roofline")
     axes.set_yscale("log")
     axes.set_xlabel("rows of activations (tokens at once)")
     axes.set_ylabel("tokens per second through this layer")

@@ -5,6 +5,12 @@
 
 #include <cstdint>
 
+#if defined(__AVX512VNNI__) || (defined(__AVXVNNI__) && !defined(__AVX512BW__))
+constexpr int STEPS = 0;
+#else
+constexpr int STEPS = 8;  // a step adds at most 2 * 15 * 128
+#endif
+
 #if defined(__AVX512BW__)
 
 constexpr int LANES = 16;
@@ -34,10 +40,12 @@ static inline ivec dot(ivec sum, ivec codes, ivec x) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
     return sum;
 #else
-    const ivec pairs = _mm512_maddubs_epi16(codes, x);
-    return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+    ivec pairs;
+    asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+v"(sum), "=&v"(pairs) : "v"(codes), "v"(x));
+    return sum;
 #endif
 }
+static inline ivec widen(ivec pairs) { return _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)); }
 
 #elif defined(__AVX2__)
 
@@ -67,10 +75,13 @@ static inline ivec dot(ivec sum, ivec codes, ivec x) {
     asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(codes), "x"(x));
     return sum;
 #else
-    const ivec pairs = _mm256_maddubs_epi16(codes, x);
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    // As intrinsics, GCC multiplies far ahead of adding, and runs out of registers.
+    ivec pairs;
+    asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sum), "=&x"(pairs) : "x"(codes), "x"(x));
+    return sum;
 #endif
 }
+static inline ivec widen(ivec pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 
 #endif
 

@@ -8,6 +8,7 @@
 
 constexpr int LANES = 4;
 constexpr int VECTORS = 4;
+constexpr int STEPS = 0;
 using ivec = int32x4_t;
 using fvec = float32x4_t;
 
@@ -42,6 +43,7 @@ static inline ivec dot(ivec sum, ivec codes, ivec x) {
     return vpadalq_s16(sum, vpaddq_s16(low, vmull_high_s8(a, b)));
 #endif
 }
+static inline ivec widen(ivec sum) { return sum; }
 
 // ---- activations, as in avx.h ------------------------------------------------------------------------------
 

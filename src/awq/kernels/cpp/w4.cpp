@@ -59,19 +59,16 @@ inline void settle(float* sums, const ivec* part, fvec by, fvec sum, const float
     fstore(sums, fma(total, fmul(fload(scales), by), fload(sums)));
 }
 
-// One chunk's part of R rows x (VECTORS * LANES) outputs, added to `sums`. With TILE, `codes` are expanded.
+// Sums of codes times digits, over four input channels at a time: of each eight first those of the low nibbles,
+// then those of the high ones. With TILE, `codes` are expanded.
 template <int D, int R, bool TILE>
-inline void multiply_part(
-    float* sums, const uint8_t* codes, const int8_t* x, const float* x_scale, const float* x_sum, int eights,
-    const float* scales, const float* zeros) {
-    ivec part[R][VECTORS][D];
+inline void add_products(
+    ivec (&part)[R][VECTORS][D], const uint8_t* codes, const int8_t* x, int n, int from, int to) {
     for (int r = 0; r < R; r++)
         for (int v = 0; v < VECTORS; v++)
             for (int d = 0; d < D; d++) part[r][v][d] = izero();
     const ivec mask = iset(0x0f0f0f0f);
-    const int n = 8 * eights;
-    for (int half = 0; half < 2 * eights; half++) {
-        // Of each eight input channels first the low nibbles, then the high ones.
+    for (int half = from; half < to; half++) {
         ivec four[VECTORS];
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++) {
@@ -92,6 +89,29 @@ inline void multiply_part(
 #pragma GCC unroll 4
                 for (int v = 0; v < VECTORS; v++) part[r][v][d] = dot(part[r][v][d], four[v], digits);
             }
+        }
+    }
+}
+
+// One chunk's part of R rows x (VECTORS * LANES) outputs, added to `sums`.
+template <int D, int R, bool TILE>
+inline void multiply_part(
+    float* sums, const uint8_t* codes, const int8_t* x, const float* x_scale, const float* x_sum, int eights,
+    const float* scales, const float* zeros) {
+    ivec part[R][VECTORS][D];
+    const int n = 8 * eights, halves = 2 * eights;
+    if (STEPS == 0) {
+        add_products<D, R, TILE>(part, codes, x, n, 0, halves);
+    } else {
+        for (int from = 0; from < halves; from += STEPS) {
+            ivec pairs[R][VECTORS][D];
+            add_products<D, R, TILE>(pairs, codes, x, n, from, from + STEPS < halves ? from + STEPS : halves);
+            for (int r = 0; r < R; r++)
+                for (int v = 0; v < VECTORS; v++)
+                    for (int d = 0; d < D; d++) {
+                        const ivec more = widen(pairs[r][v][d]);
+                        part[r][v][d] = from ? iadd(part[r][v][d], more) : more;
+                    }
         }
     }
 #pragma GCC unroll 6
