@@ -29,7 +29,7 @@ from awq.kernels import LayerSpec
 from awq.kernels.humming import Humming, program_for
 from awq.kernels.triton_int4 import TritonInt4
 from awq.pipeline import quantize
-from gpu_kernels import SHAPES, TOLERANCES, check_graph, measure, random_weight
+from gpu_kernels import SHAPES, check_graph, measure, random_weight
 from gpu_timing import device_facts
 
 ROWS = (1, 16, 64, 128, 256, 1024)
@@ -40,7 +40,8 @@ CHECKED = (
     ((384, 320), (64, 0), (3, 64)),
     ((4096, 4096), (128,), (1, 8, 16, 64, 128, 300, 1500)),
 )
-DTYPES = (torch.float16, torch.bfloat16)
+# Humming rounds weights to the dtype of the activations, and their scales before that.
+TOLERANCES = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 def compile_all(cases: list[tuple[int, int, int, int, torch.dtype]]) -> float:
@@ -56,12 +57,12 @@ def check() -> dict[str, Any]:
 
     The very codes, scales and zero points must come back, and a replayed graph must give the same.
     """
-    kernel, worst, same, cases = Humming(), {str(dtype): 0.0 for dtype in DTYPES}, True, []
-    for ((out, columns), groups, all_rows), dtype in itertools.product(CHECKED, DTYPES):
+    kernel, worst, same, cases = Humming(), {str(dtype): 0.0 for dtype in TOLERANCES}, True, []
+    for ((out, columns), groups, all_rows), dtype in itertools.product(CHECKED, TOLERANCES):
         for group, rows in itertools.product(groups, (*all_rows, min(1024, columns))):  # the last: codes
             cases.append((rows, out, columns, group or columns, dtype))
     seconds = compile_all(cases)
-    for ((out, columns), groups, all_rows), dtype in itertools.product(CHECKED, DTYPES):
+    for ((out, columns), groups, all_rows), dtype in itertools.product(CHECKED, TOLERANCES):
         for group in groups:
             weight = random_weight(out, columns, group or columns)
             state = kernel.prepare(weight, dtype)
@@ -164,6 +165,8 @@ def main() -> None:
     card = str(figures["device"]["card"]).replace(" ", "-")
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / f"gpu_humming-{card}.json"
+    if file.exists():  # sections left out stay as they were
+        figures = json.loads(file.read_text()) | figures
     file.write_text(json.dumps(figures, indent=1) + "\n")
     file.with_suffix(".md").write_text(table(figures))
     print(table(figures))

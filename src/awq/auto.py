@@ -39,11 +39,13 @@ class AutoAWQForCausalLM:
                 default each keeps its own.
             trust_remote_code: run modelling code that comes with the model (AutoAWQ's default was True).
             safetensors: without effect; pickled weights are not read.
-            device_map: where the float model goes if it is called; quantization chooses its own device.
+            device_map: where the float model goes if it is called. Quantizing holds one block at a time, on
+                one device: the first GPU that is named here, or else the one that it finds.
             download_kwargs: of `huggingface_hub.snapshot_download`, for a hub name.
             low_cpu_mem_usage: without effect.
             use_cache: of the float model's configuration, if it is called.
-            **model_init_kwargs: of transformers' `from_pretrained`, if it is called.
+            **model_init_kwargs: of transformers' `from_pretrained`, if it is called; `max_memory` among them,
+                which does not limit quantizing.
 
         Raises:
             AlreadyQuantizedError: the folder holds a quantized model.

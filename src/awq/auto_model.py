@@ -21,6 +21,7 @@ from awq.config import QuantConfig
 from awq.errors import AlreadyQuantizedError, ConfigError, DiskFullError
 from awq.folder_model import FolderModel
 from awq.hf.fuse import fuse
+from awq.hf.placement import accelerator_of
 from awq.legacy.arguments import answer, check_filename, check_quantizer, read_settings, take_version
 from awq.legacy.config import AwqConfig
 from awq.model.fetch import resolve
@@ -200,6 +201,9 @@ class AWQModel(FolderModel):
             settings.setdefault("dtype", dtype)
         if n_parallel_calib_samples is not None:
             kwargs.setdefault("batch_tokens", n_parallel_calib_samples * max_calib_seq_len)
+        device = accelerator_of(self._loading.get("device_map"))
+        if device is not None:  # one block is in memory at a time, so one device is enough
+            kwargs.setdefault("device", device)
         run = partial(
             quantize,
             calib=calib_data,

@@ -249,13 +249,26 @@ def test_what_cannot_be_fused_is_left_as_it_is_and_one_warning_says_why(checkpoi
     told(load(checkpoint).dequantize(), "no quantized layers")
 
 
-def test_an_offloaded_model_is_not_fused(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("second", "told", "fused"),
+    [
+        ("cpu", "grows as it is needed, .*: the model is spread over several devices or offloaded", 2),
+        ("disk", "layers are not fused: all of them are offloaded", 0),
+    ],
+)
+def test_of_an_offloaded_model_what_is_in_memory_is_fused(
+    second: str, told: str, fused: int, checkpoint: Path, tmp_path: Path
+) -> None:
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    places |= {"model.layers.0": "disk", "model.layers.1": "cpu"}
+    places |= {"model.layers.0": "disk", "model.layers.1": second}
     options = {"device_map": places, "offload_folder": tmp_path / "offload", "dtype": torch.float32}
-    with pytest.warns(UserWarning, match="layers are not fused: parts of the model are offloaded"):
+    with pytest.warns(UserWarning, match=told) as caught:
         model = load_quantized(checkpoint, fuse=True, max_seq_len=64, **options)
-    assert relative(model(prompt()).logits, load(checkpoint)(prompt()).logits) < 1e-5
+    assert len([each for each in caught if "fused" in str(each.message) or "grows" in str(each.message)]) == 1
+    assert len(merges(model)) == fused
+    assert not isinstance(model.generate, StaticGeneration)
+    for _ in range(2):
+        assert relative(model(prompt()).logits, load(checkpoint)(prompt()).logits) < 1e-5
 
 
 def test_a_merge_that_changes_the_output_is_undone(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook
 from test_linear import random_weight
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -191,8 +192,11 @@ def test_what_cannot_be_multiplied_at_once_says_why() -> None:
     assert "differ" in str(apart_because([trio()[0], trio(columns=128)[1]]))
     assert "differ" in str(apart_because([trio()[0], trio(group=64)[1]]))
     away = trio()
-    away[0]._hf_hook = object()
+    away[0]._hf_hook = AlignDevicesHook("cpu", offload=True, offload_buffers=True)
     assert "moved" in str(apart_because(away))
+    beside = trio()
+    beside[0]._hf_hook = AlignDevicesHook("cpu")  # brings inputs, and leaves the codes where they are
+    assert apart_because(beside) is None
     mixed = trio()
     mixed[1].prepare(torch.bfloat16)
     assert "differ" in str(apart_because(mixed))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from awq.errors import ConfigError
+from awq.hf.placement import is_spread
 from awq.hf.static import StaticGeneration
 from awq.nn import Merge, QuantExperts, QuantLinear, apart_because
 
@@ -33,7 +34,8 @@ def fuse(model: Any, max_seq_len: int | None = None) -> list[tuple[str, ...]]:
     A model that cannot be fused, or only in part, is left right as it is, and one warning says why.
 
     Args:
-        model: a transformers model with `QuantLinear` layers, in eval mode and in memory.
+        model: a transformers model with `QuantLinear` layers, in eval mode. Of one that is spread over
+            several devices or offloaded in part, layers that are in memory on one device are merged.
         max_seq_len: tokens that the static cache holds, prompts included; None for a cache that grows.
 
     Returns:
@@ -55,6 +57,8 @@ def fuse(model: Any, max_seq_len: int | None = None) -> list[tuple[str, ...]]:
         merged = []
     if max_seq_len is not None:
         reason = StaticGeneration.reason_against(model)
+        if is_spread(model):  # without compilation a static cache costs time
+            reason = "the model is spread over several devices or offloaded, and is not compiled then"
         if reason is None:
             model.generate = StaticGeneration(model, max_seq_len)
         else:
@@ -78,10 +82,8 @@ def _reason_against(model: Any) -> str | None:
         return "the model has no quantized layers"
     if model.training:
         return "the model is in training mode; call eval() first"
-    if any(layer.is_away or "_hf_hook" in layer.__dict__ for layer in layers):
-        return "parts of the model are offloaded"
-    if len({tensor.device for layer in layers for tensor in layer.held_tensors()}) > 1:
-        return "the model is spread over several devices"
+    if all(layer.is_away or layer.is_offloaded for layer in layers):
+        return "all of them are offloaded"
     if any(layer._merge is not None for layer in layers):
         return "they are fused already"
     return None
@@ -107,9 +109,11 @@ def _merge(model: Any) -> list[tuple[str, ...]]:
 
 def _run(model: Any) -> Tensor:
     """Logits of a few tokens, float32."""
-    ids = torch.arange(1, _PROBE + 1, device=model.get_input_embeddings().weight.device).unsqueeze(0)
+    device = model.get_input_embeddings().weight.device
+    # What is offloaded says meta, and takes inputs from anywhere.
+    ids = torch.arange(1, _PROBE + 1, device="cpu" if device.type == "meta" else device).unsqueeze(0)
     logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits.float()
+    return logits.float().cpu()
 
 
 @contextmanager

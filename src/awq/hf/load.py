@@ -12,6 +12,7 @@ from awq.errors import AwqError, ConfigError, LoadError
 from awq.formats.detect import detect, method_of
 from awq.hf.differences import told
 from awq.hf.fuse import fuse as fuse_layers
+from awq.hf.placement import check_memory
 from awq.hf.registration import register
 from awq.kernels import kernel_choices
 from awq.model.classes import auto_class
@@ -54,7 +55,7 @@ def load_quantized(
     Args:
         path: a folder, or a hub name.
         dtype: of activations and float weights; the checkpoint's own by default.
-        device_map, max_memory: as transformers takes them.
+        device_map, max_memory: as transformers takes them; limits without a map ask for `auto`.
         trust_remote_code: run modelling code that comes with the model.
         kernel: insist on a kernel; the fastest that fits by default.
         fuse: merge layers that read the same tensor, such as q/k/v and gate/up, into one product.
@@ -62,11 +63,15 @@ def load_quantized(
         **kwargs: further arguments of `from_pretrained`.
 
     Raises:
-        ConfigError: the folder holds no quantized checkpoint, or one that has no exact form here.
+        ConfigError: the folder holds no quantized checkpoint, or one that has no exact form here; a map or
+            limit cannot work.
         MissingFileError, CorruptFileError: files are missing or damaged.
         LoadError: a tensor is missing, unexpected or of another shape. Nothing is ever initialised at random.
     """
     folder = resolve(path)
+    check_memory(max_memory)
+    if max_memory is not None and device_map is None:
+        device_map = "auto"
     if not is_awq(folder):
         options = {"dtype": dtype, "device_map": device_map, "max_memory": max_memory, "kernel": kernel}
         options |= {"fuse": fuse, "max_seq_len": max_seq_len, "trust_remote_code": trust_remote_code}

@@ -15,6 +15,7 @@ from awq.errors import ConfigError, LoadError
 from awq.formats.detect import detect
 from awq.hf.differences import told
 from awq.hf.fuse import fuse
+from awq.hf.placement import check_map
 from awq.hf.replace import Stored, replace_layers
 from awq.model.conv1d import conv1d_of
 from awq.model.names import match_names
@@ -67,6 +68,7 @@ class AwqQuantizer(HfQuantizer):
             tensors.update(read_header(file)[0])
         found = detect(self.quantization_config.to_dict(), {key.rpartition(".")[2] for key in tensors})
         replace_layers(model, Stored(tensors, found))
+        check_map(model, kwargs.get("device_map"))
         self.has_experts = any(isinstance(module, QuantExperts) for module in model.modules())
         raise_on_differences(model, tensors)
         self._dtypes = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point()}
@@ -74,17 +76,18 @@ class AwqQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         self._cast(model)
         dtype: Any = model.dtype
-        held = False
+        held = None
         for module in model.modules():
             if not isinstance(module, QuantLinear):
                 continue
             if not module.is_away and not module.is_offloaded:
                 module.prepare(dtype, self.kernel)
-                held = held or getattr(getattr(module, "_hf_hook", None), "offload", False)
-        if held:
+                if getattr(getattr(module, "_hf_hook", None), "offload", False):
+                    held = module.held_tensors()[0].device
+        if held is not None:
             warnings.warn(
-                "offloaded layers keep their codes in memory, because accelerate leaves buffers where they "
-                "are: pass offload_buffers=True to from_pretrained",
+                f"offloaded layers keep their codes in memory, on {held}, because accelerate leaves buffers "
+                "there unless it is told otherwise: pass offload_buffers=True to from_pretrained",
                 stacklevel=2,
             )
         if self.do_fuse:

@@ -106,7 +106,7 @@ def apart_because(layers: Sequence[QuantLinear], dtype: torch.dtype | None = Non
     They can if they are alike but for their number of rows, in memory, and if the kernel that each would get
     is the one that all together get.
     """
-    if any(layer.is_away or "_hf_hook" in layer.__dict__ for layer in layers):
+    if any(layer.is_away or layer.is_offloaded for layer in layers):
         return "their codes are moved in and out of memory"
     alike = {
         (
