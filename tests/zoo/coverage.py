@@ -27,9 +27,10 @@ from awq.model import auto_class, find_blocks, hidden_of, open_model
 from awq.model.invariance import apply, prove
 from awq.model.quantized import QuantizedCheckpoint
 from awq.pipeline import quantize
-from awq.pipeline.discover import discover, float32_by_default
+from awq.pipeline.discover import discover
 from awq.pipeline.feed import Feed
 from awq.pipeline.kinds import KindPlan
+from awq.pipeline.precision import float32_by_default
 
 CONFIG = QuantConfig(group_size=32)
 # Largest change of the logits by folding random scales into every proven fold, relative to the largest logit.

@@ -19,6 +19,7 @@ from awq.kernels.triton_panel import mover_for, panel_for
 from awq.model.invariance import apply
 from awq.model.layers import Fold, Structure, linears_of, scale_rows
 from awq.pipeline.observe import Batch
+from awq.pipeline.precision import matmul_precision
 from awq.search import (
     Codes,
     InputStats,
@@ -265,7 +266,8 @@ def _round(
                 panel = panel_for(weight.device) or round_panel
                 stacked = gptq(weight, seen, low, high, bits, dtype, panel, symmetric)
                 mover = mover_for(weight.device)
-                stacked = refine(weight, seen, stacked, bits, config.refine, mover)
+                with matmul_precision("highest"):
+                    stacked = refine(weight, seen, stacked, bits, config.refine, mover)
             else:
                 stacked = nearest(weight, low, high, bits, dtype, symmetric)
             for name, *parts in zip(members, *(tensor.split(rows) for tensor in stacked), strict=True):

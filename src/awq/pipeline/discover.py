@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +16,7 @@ from awq.model.layers import linears_of
 from awq.model.overrides import Overrides
 from awq.pipeline.feed import Feed
 from awq.pipeline.kinds import KindPlan, discover_kind, kinds_of
+from awq.pipeline.precision import matmul_precision
 from awq.pipeline.skipped import OUTSIDE, left_float
 
 
@@ -117,19 +116,6 @@ def _turned(skeleton: Skeleton, name: str, block: nn.Module) -> frozenset[str]:
     )
 
 
-@contextmanager
-def float32_by_default() -> Iterator[None]:
-    """New tensors are float32, whatever dtype the caller has made torch's default."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@torch.no_grad()
-@float32_by_default()
 def structure_of(
     folder: Path,
     config: QuantConfig,
@@ -162,18 +148,3 @@ def structure_of(
         ],
         "outside": [name for name, reason in floats.items() if reason == OUTSIDE],
     }
-
-
-@contextmanager
-def matmul_precision(name: Literal["highest", "high"]) -> Iterator[None]:
-    """Float32 products in full (`highest`, for proofs), or by an accelerator's faster units (`high`).
-
-    Statistics and losses bear ten bits of mantissa in each factor: they sum over thousands of tokens, and
-    candidates are compared under the same rounding.
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -21,7 +21,6 @@ from awq.model.fetch import Lazily, load_processor, load_tokenizer, resolve
 from awq.model.invariance import prove
 from awq.model.overrides import Overrides
 from awq.pipeline.block import holding, make_judge, quantize_block
-from awq.pipeline.discover import float32_by_default, matmul_precision
 from awq.pipeline.done import Done, tensors_of
 from awq.pipeline.finish import REPORT_NAME, finish
 from awq.pipeline.job import Job, Request, prepare
@@ -29,6 +28,7 @@ from awq.pipeline.journal import Journal, check_output, lock, open_journal, take
 from awq.pipeline.memory import peak_memory
 from awq.pipeline.mix import common_size
 from awq.pipeline.observe import Batch, measure
+from awq.pipeline.precision import float32_by_default, matmul_precision
 from awq.pipeline.preflight import check_disk, scale_dtype
 from awq.pipeline.report import BlockReport, Progress, Report, Silent, write_json
 from awq.pipeline.skipped import not_converted

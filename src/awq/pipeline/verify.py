@@ -25,8 +25,8 @@ from awq.model.around import outside
 from awq.model.saved import saved_as
 from awq.model.tail import Tail
 from awq.pipeline.block import make_judge
-from awq.pipeline.discover import matmul_precision
 from awq.pipeline.observe import Batch
+from awq.pipeline.precision import matmul_precision
 
 # Windows run at once; a block's own error is taken from the first so many.
 _WINDOWS_AT_ONCE = 4

@@ -14,8 +14,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-# Rows of G that are added up together at least, and the most such strips: products wide enough for the caches,
-# and nearly half of the work saved.
+# Rows of G that are added up together at least, and the most such strips: products wide enough for the
+# caches, and nearly half of the work saved.
 _STRIP, _STRIPS = 256, 8
 
 
