@@ -147,7 +147,7 @@ def test_many_rows_are_left_to_the_dense_product() -> None:
 
 
 def test_few_output_channels_are_shared_out_until_the_processors_are_busy() -> None:
-    narrow, wide = (launch_for(16, out, 14336, 64, H100) for out in (1024, 14336))
+    narrow, wide = (launch_for(16, out, 14336, 64, H100) for out in (1024, 28672))
     assert narrow is not None
     assert wide is not None
     assert narrow.split == 8
