@@ -1,6 +1,6 @@
 """GPU kernels: checked against the oracle, timed beside cuBLAS in bfloat16, and used in a whole decode.
 
-    python benchmarks/gpu_kernels.py [--quick] [--sections check,layers,decode,compiled]
+    python benchmarks/gpu_kernels.py [--quick] [--sections check,layers,decode]
 
 Weights are out of the cache when they are read, and times are those of a replayed CUDA graph. It takes a few
 minutes, most of it compiling. Writes `gpu_kernels-CARD.json` and a table, `gpu_kernels-CARD.md`.
@@ -22,7 +22,7 @@ from torch import Tensor
 from awq.kernels import LayerSpec, choose, kernel_names, multiply
 from awq.kernels.registry import Kernel, kernel_named
 from gpu_check import check, check_merged, check_panels, random_weight
-from gpu_decode import compiled, decode
+from gpu_decode import decode
 from gpu_timing import copies_that_miss_the_cache, device_facts, graph_microseconds
 
 # Output and input channels: merged and single projections of Llamas of 8 and 70 billion weights.
@@ -117,21 +117,36 @@ def table(figures: dict[str, Any]) -> str:
             errors = found["check"]["largest relative error"].items()
             told = ", ".join(f"{error:.1e} in {dtype.removeprefix('torch.')}" for dtype, error in errors)
             lines.append(f"- {found['check']['cases']} products checked; largest relative error {told}")
-            lines += [f"- host, one product {name}: {us:.1f} us" for name, us in found["overhead"].items()]
         if "layers" in found:
+            lines += [f"- host, one product {name}: {us:.1f} us" for name, us in found["overhead"].items()]
             lines += _layers(found["layers"], device["copy TB/s"])
     for name in ("quantizing", "merged"):
         if name in figures:
             lines += ["", f"## {name.capitalize()}", ""]
             lines += [f"- {fact}: {value:.3g}" for fact, value in figures[name].items()]
-    for name in ("decode", "compiled"):
-        if name in figures:
-            lines += ["", f"## {name.capitalize()}: batch 1, {figures[name]['blocks']} blocks", ""]
-            lines += ["| model | tokens/s | ms a token |", "|---|---|---|"]
-            for way, speed in figures[name]["tokens/s"].items():
-                lines.append(f"| {way} | {speed:.1f} | {1000 / speed:.2f} |")
-            lines += ["", *(f"- {note}: {value}" for note, value in figures[name].get("notes", {}).items())]
+    if "decode" in figures:
+        lines += _decode(figures["decode"])
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _decode(found: dict[str, Any]) -> list[str]:
+    lines = ["", f"## Decode: batch 1, {found['blocks']} blocks", ""]
+    lines += ["| model | tokens/s | ms a token |", "|---|---|---|"]
+    for way, speed in found["tokens/s"].items():
+        lines.append(f"| {way} | {speed:.1f} | {1000 / speed:.2f} |")
+    lines += ["", *(f"- {note}: {value:.3g}" for note, value in found["notes"].items())]
+    for way, rows in found.get("profiles", {}).items():
+        busy, launches = sum(row["us"] for row in rows), sum(row["launches"] for row in rows)
+        lines += [
+            "",
+            f"### {way}",
+            "",
+            f"{launches:.0f} launches, {busy:.0f} us of them a token; most of it:",
+            "",
+        ]
+        lines += ["| launched | us | launches |", "|---|---|---|"]
+        lines += [f"| `{row['name'][:80]}` | {row['us']:.0f} | {row['launches']:.0f} |" for row in rows[:10]]
+    return lines
 
 
 def _layers(layers: dict[str, list[dict[str, float]]], copy: float) -> list[str]:
@@ -155,7 +170,7 @@ def main() -> None:
     parser.add_argument(
         "--sections",
         default="check,layers,decode",
-        help="of these, and compiled; those left out stay as they are in the files",
+        help="of these; those left out stay as they are in the files",
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
@@ -171,8 +186,9 @@ def main() -> None:
         print(choose(LayerSpec("cuda", torch.bfloat16, 4096, 4096, 128)).reason, flush=True)
         found = figures["kernels"].setdefault(kernel.name, {})
         if "check" in sections:
-            found |= {"check": check(kernel), "overhead": overhead(kernel)}
+            found["check"] = check(kernel)
         if "layers" in sections:
+            found["overhead"] = overhead(kernel)
             shapes = itertools.islice(SHAPES.items(), 5 if options.quick else None)
             rows = (1, 8, 16, 64, 128, 4096) if options.quick else ROWS
             found["layers"] = {}
@@ -184,8 +200,6 @@ def main() -> None:
         figures["merged"] = check_merged()
     if "decode" in sections:
         figures["decode"] = decode(options.blocks)
-    if "compiled" in sections:
-        figures["compiled"] = compiled()
     options.out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(figures, indent=1) + "\n")
     file.with_suffix(".md").write_text(table(figures))
