@@ -152,3 +152,11 @@ def test_few_output_channels_are_shared_out_until_the_processors_are_busy() -> N
     assert wide is not None
     assert narrow.split == 8
     assert wide.split == 1
+
+
+def test_few_programs_begin_early_and_many_do_not() -> None:
+    few, many = (launch_for(1, out, 4096, 64, H100) for out in (6144, 14336))
+    assert few is not None
+    assert many is not None
+    assert few.early
+    assert not many.early

@@ -77,9 +77,9 @@ def compiled(gpu: Gpu, program: str, dtype: torch.dtype, constants: dict[str, An
     return triton.compile(source, target=GPUTarget(*gpu.target), options=options)
 
 
-def product(gpu: Gpu, rows: int, dtype: torch.dtype, group: int = 128) -> Any:
+def product(gpu: Gpu, rows: int, dtype: torch.dtype, group: int = 128, out: int = OUT) -> Any:
     plane = 64 if group % 64 == 0 else 32
-    launch = launch_for(rows, OUT, IN, plane, gpu.device)
+    launch = launch_for(rows, out, IN, plane, gpu.device)
     assert launch is not None
     constants: dict[str, Any] = {
         "GROUP": group,
@@ -147,7 +147,7 @@ def test_codes_are_read_ahead_and_multiplied_by_the_matrix_units() -> None:
 @pytest.mark.parametrize(("gpu", "early"), [(GPUS[0], False), (H100, True)], ids=lambda each: str(each)[:12])
 def test_single_rows_are_launched_early_where_the_device_can_and_wait(gpu: Gpu, early: bool) -> None:
     """The wait comes before the first read of anything."""
-    text = product(gpu, 1, torch.bfloat16).asm["ptx"]
+    text = product(gpu, 1, torch.bfloat16, out=4096).asm["ptx"]
     assert ("griddepcontrol.launch_dependents" in text) == early
     if early:
         assert text.index("griddepcontrol.wait") < text.index("cp.async")

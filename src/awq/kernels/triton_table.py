@@ -50,6 +50,8 @@ class Launch:
 
 # For rows up to; rows and output channels of a program; warps; programs that a processor runs at once.
 _MANY = ((16, 16, 64, 2, 5), (32, 32, 64, 4, 3), (DENSE_ROWS, 64, 64, 4, 2))
+# For more output channels than programs of the first line run at once.
+_BROAD = (16, 16, 32, 1, 6)
 # On Hopper, where there is enough to do: fewer programs that unpack each weight for more rows.
 _WIDE = (32, 32, 128, 4, 1)
 _LARGE = (DENSE_ROWS, 128, 128, 8, 1)
@@ -83,6 +85,8 @@ def launch_for(rows: int, out_features: int, in_features: int, plane: int, devic
 def _many(rows: int, out_features: int, in_features: int, device: Device) -> tuple[int, int, int, int, int]:
     table = _MANY_HIP if device.hip else _MANY
     usual = next(line for line in table if rows <= line[0])
+    if not device.hip and rows <= 16 and out_features > 64 * 6 * device.processors:
+        return _BROAD
     if device.hip or device.capability != _HOPPER:
         return usual
     if 16 < rows <= 32 and out_features >= 128 * device.processors:
@@ -112,7 +116,9 @@ def _few(rows: int, out_features: int, plane: int, device: Device) -> Launch:
         side, stages = 4, 4
     rows_read = 1 if rows == 1 else FEW_ROWS
     stages = _stages(side * (block_n + 4 * rows_read) * plane * 2, stages, device)
-    return Launch(FEW_ROWS, block_n, side, stages, side=side, early=device.launches_early)
+    # Many programs that begin early settle where others have not ended yet, and unevenly.
+    early = device.launches_early and out_features <= 2 * block_n * device.processors
+    return Launch(FEW_ROWS, block_n, side, stages, side=side, early=early)
 
 
 def _stages(bytes_of_one: int, wished: int, device: Device) -> int:
