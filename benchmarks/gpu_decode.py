@@ -1,63 +1,71 @@
 """Decoding with a random Llama of 8B shapes, in bfloat16 and in 4 bits, with layers apart and merged.
 
-Each as `generate()` does it by itself, with a static cache in a CUDA graph, and, with few blocks, compiled.
+As `generate()` does it by itself; as it does it with a static cache, for which transformers compiles the
+model; and as bare replays of a CUDA graph of one token, of the model as it is and compiled, where no host is
+waited for.
 """
 
 from __future__ import annotations
 
+import collections
 import time
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from awq.hf.fuse import fuse
 from awq.nn import QuantLinear
 from awq.search.rounding import full_range, nearest
 from awq.weight import QuantizedWeight
 
-PROMPT, NEW = 64, 96
+PROMPT, NEW, CACHE = 64, 96, 512
+_CHECKED = 16
 
 
 @torch.no_grad()
 def decode(blocks: int) -> dict[str, Any]:
-    """Tokens per second at batch 1 of both models, and what was compared on the way."""
-    model = _llama(blocks)
+    """Tokens per second at batch 1, what was compared on the way, and where the time of a token goes."""
     ids = torch.randint(0, 32000, (1, PROMPT), device="cuda")
-    speeds: dict[str, float] = {}
-    notes: dict[str, Any] = {}
-    for name, change in (("bfloat16", None), ("4 bits", _quantize), ("4 bits, merged", fuse)):
+    found: dict[str, Any] = {"tokens/s": {}, "notes": {}, "profiles": {}, "blocks": blocks}
+    model = _llama(blocks)
+    for name, change in (("bfloat16", None), ("4 bits", _quantize), ("4 bits, merged", _fuse)):
         if change is not None:
             change(model)
-        notes[f"GB of weights, {name}"] = round(_bytes(model) / 1e9, 2)
-        speeds[f"{name}, generate()"] = _generate(model, ids)
-        captured = _Captured(model, ids)
-        speeds[f"{name}, static cache in a CUDA graph"] = captured.speed()
-        notes[f"tokens of the graph are those of plain calls, {name}"] = captured.agrees()
-        del captured
-    return {"tokens/s": speeds, "notes": notes, "blocks": blocks}
+        found["notes"][f"GB of weights, {name}"] = round(_bytes(model) / 1e9, 2)
+        found["tokens/s"][f"{name}, generate()"] = _generate(model, ids)
+        _capture(model, ids, name, False, found)
+    _compile(model, ids, name, found)
+    del model
+    torch.cuda.empty_cache()
+    _compile(_llama(blocks), ids, "bfloat16", found)
+    return found
 
 
-@torch.no_grad()
-def compiled(blocks: int = 4) -> dict[str, Any]:
-    """The same with a model of few blocks that transformers compiles by itself, its cache being static."""
-    model = _llama(blocks)
-    _quantize(model)
-    ids = torch.randint(0, 32000, (1, PROMPT), device="cuda")
-    speeds: dict[str, float] = {}
-    for name in ("apart", "merged"):
-        if name == "merged":
-            fuse(model)
-            torch._dynamo.reset()
-            model.__dict__.pop("_compiled_call", None)  # of the layers apart
-        captured = _Captured(model, ids)
-        speeds[f"{name}, generate()"] = _generate(model, ids)
-        speeds[f"{name}, static cache in a CUDA graph"] = captured.speed()
-        speeds[f"{name}, generate(), static cache, compiled"] = _generate(
-            model, ids, cache_implementation="static"
-        )
-        del captured
-    return {"tokens/s": speeds, "blocks": blocks}
+def _capture(model: Any, ids: Tensor, name: str, compiled: bool, found: dict[str, Any]) -> None:
+    way = f"{name}, CUDA graph of the {'compiled model' if compiled else 'model as it is'}"
+    captured = _Captured(model, ids, compiled)
+    found["tokens/s"][way] = captured.speed()
+    found["notes"][f"largest difference of logits to plain calls, {way}"] = captured.difference()
+    found["profiles"][way] = captured.profile()
+    print(way, found["tokens/s"][way], "tokens/s", flush=True)
+
+
+def _compile(model: Any, ids: Tensor, name: str, found: dict[str, Any]) -> None:
+    _capture(model, ids, name, True, found)
+    torch._dynamo.reset()
+    started = time.perf_counter()
+    static = {"cache_implementation": "static", "max_cache_len": CACHE}
+    found["tokens/s"][f"{name}, generate(), static cache"] = _generate(model, ids, **static)
+    found["notes"][f"seconds of its first three runs, {name}"] = round(time.perf_counter() - started, 1)
+    print(found["tokens/s"], flush=True)
+
+
+def _fuse(model: Any) -> None:
+    """As loading with `fuse=True, max_seq_len=CACHE`, but that `generate` is told what cache to use."""
+    fuse(model, CACHE)
+    del model.generate
 
 
 def _llama(blocks: int) -> Any:
@@ -122,14 +130,19 @@ def _generate(model: Any, ids: Tensor, **options: Any) -> float:
 
 
 class _Captured:
-    """One step of greedy decoding on a static cache, as a CUDA graph."""
+    """One token of greedy decoding on a static cache, as a CUDA graph."""
 
-    def __init__(self, model: Any, ids: Tensor) -> None:
+    def __init__(self, model: Any, ids: Tensor, compiled: bool) -> None:
         from transformers import StaticCache
 
         self.model, self.ids = model, ids
-        self.cache = StaticCache(config=model.config, max_cache_len=512)
+        self.cache = StaticCache(config=model.config, max_cache_len=CACHE)
         self.token = torch.zeros(1, 1, dtype=torch.long, device="cuda")
+        self.logits = torch.zeros(model.config.vocab_size, dtype=model.dtype, device="cuda")
+        torch._dynamo.reset()
+        self.forward = (
+            torch.compile(self._forward, dynamic=False, fullgraph=True) if compiled else self._forward
+        )
         self._start()
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):
@@ -140,33 +153,59 @@ class _Captured:
         with torch.cuda.graph(self.graph):
             self._step()
 
+    def _forward(self, token: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
+        logits = self.model(token, past_key_values=cache).logits[:, -1]
+        return logits[0], logits.argmax(-1, keepdim=True)
+
     def _start(self) -> None:
         self.cache.reset()
-        logits = self.model(self.ids, past_key_values=self.cache).logits
-        self.token.copy_(logits[:, -1:].argmax(-1))
+        self.token.copy_(self.model(self.ids, past_key_values=self.cache).logits[:, -1:].argmax(-1))
 
-    def _step(self) -> None:
-        logits = self.model(self.token, past_key_values=self.cache).logits
-        self.token.copy_(logits[:, -1:].argmax(-1))
+    def _step(self, plain: bool = False) -> None:
+        logits, token = (self._forward if plain else self.forward)(self.token, self.cache)
+        self.logits.copy_(logits)
+        self.token.copy_(token)
 
     def speed(self) -> float:
-        """Tokens per second of replays."""
+        """Tokens per second of replays; the best of three runs."""
+        best = float("inf")
+        for _ in range(3):
+            self._start()
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            for _ in range(NEW):
+                self.graph.replay()
+            torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - started)
+        return NEW / best
+
+    def difference(self) -> float:
+        """Largest relative difference between the logits of replays and of plain calls on the same tokens."""
+        generator = torch.Generator("cuda").manual_seed(0)
+        tokens = torch.randint(0, 32000, (_CHECKED, 1, 1), generator=generator, device="cuda")
+        runs = []
+        for step in (lambda: self._step(plain=True), self.graph.replay):
+            self._start()
+            logits = []
+            for token in tokens:
+                self.token.copy_(token)
+                step()
+                logits.append(self.logits.float().clone())
+            runs.append(torch.stack(logits))
+        return float(((runs[1] - runs[0]).norm(dim=1) / runs[0].norm(dim=1)).max())
+
+    def profile(self, tokens: int = 4) -> list[dict[str, Any]]:
+        """What runs on the GPU for one token, the most time first: names, microseconds and launches."""
         self._start()
         torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _ in range(NEW):
-            self.graph.replay()
-        torch.cuda.synchronize()
-        return NEW / (time.perf_counter() - started)
-
-    def agrees(self) -> bool:
-        """Whether replays give the tokens of plain calls."""
-        runs = []
-        for step in (self._step, self.graph.replay):
-            self._start()
-            tokens = []
-            for _ in range(32):
-                step()
-                tokens.append(int(self.token))
-            runs.append(tokens)
-        return runs[0] == runs[1]
+        with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+            for _ in range(tokens):
+                self.graph.replay()
+            torch.cuda.synchronize()
+        total: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
+        for event in recorded.events():
+            if event.device_type == torch.autograd.DeviceType.CUDA:
+                total[event.name][0] += event.time_range.elapsed_us() / tokens
+                total[event.name][1] += 1 / tokens
+        ordered = sorted(total.items(), key=lambda item: -item[1][0])
+        return [{"name": name, "us": round(us, 1), "launches": n} for name, (us, n) in ordered]

@@ -29,7 +29,8 @@ from awq.kernels import LayerSpec
 from awq.kernels.humming import Humming, program_for
 from awq.kernels.triton_int4 import TritonInt4
 from awq.pipeline import quantize
-from gpu_kernels import SHAPES, check_graph, measure, random_weight
+from gpu_check import check_graph, random_weight
+from gpu_kernels import SHAPES, measure
 from gpu_timing import device_facts
 
 ROWS = (1, 16, 64, 128, 256, 1024)

@@ -1,6 +1,6 @@
 """GPU kernels: checked against the oracle, timed beside cuBLAS in bfloat16, and used in a whole decode.
 
-    python benchmarks/gpu_kernels.py [--quick] [--sections check,layers,decode,compiled]
+    python benchmarks/gpu_kernels.py [--quick] [--sections check,layers,decode]
 
 Weights are out of the cache when they are read, and times are those of a replayed CUDA graph. It takes a few
 minutes, most of it compiling. Writes `gpu_kernels-CARD.json` and a table, `gpu_kernels-CARD.md`.
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from awq.kernels import LayerSpec, choose, kernel_names, multiply
 from awq.kernels.registry import Kernel, kernel_named
-from awq.weight import QuantizedWeight
-from gpu_decode import compiled, decode
+from gpu_check import check, check_merged, check_panels, random_weight
+from gpu_decode import decode
 from gpu_timing import copies_that_miss_the_cache, device_facts, graph_microseconds
 
 # Output and input channels: merged and single projections of Llamas of 8 and 70 billion weights.
@@ -38,17 +38,6 @@ SHAPES = {
     "70B down": (8192, 28672),
 }
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
-TOLERANCES = {torch.float16: 6e-4, torch.bfloat16: 4e-3, torch.float32: 1e-5}
-
-
-def random_weight(out: int, columns: int, group: int, seed: int = 0) -> QuantizedWeight:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    shape = (out, columns // group)
-    return QuantizedWeight(
-        torch.randint(0, 16, (out, columns), generator=generator, dtype=torch.uint8, device="cuda"),
-        (torch.rand(shape, generator=generator, device="cuda") * 0.02 + 0.001).half(),
-        torch.randint(0, 16, shape, generator=generator, dtype=torch.uint8, device="cuda"),
-    )
 
 
 def gpu_kernels() -> list[Kernel]:
@@ -56,53 +45,6 @@ def gpu_kernels() -> list[Kernel]:
     spec = LayerSpec("cuda", torch.float16, 4096, 4096, 128)
     kernels = [kernel_named(name) for name in kernel_names() if name not in ("torch", "humming")]
     return [kernel for kernel in kernels if kernel.refuses(spec) is None]
-
-
-def check(kernel: Kernel) -> dict[str, Any]:
-    """Largest relative error to the float64 product, over groups, dtypes, shapes and rows.
-
-    Also: the very codes come back, the same bits twice, and the same bits from a replayed graph.
-    """
-    worst = {str(dtype): 0.0 for dtype in TOLERANCES}
-    cases = 0
-    shapes = ((128, 1024), (200, 2048), (1032, 4096), (4096, 1536))
-    groups = (32, 64, 128, 192, 0)
-    for (out, columns), group, dtype in itertools.product(shapes, groups, TOLERANCES):
-        size = group or columns
-        if columns % size:
-            continue
-        weight = random_weight(out, columns, size)
-        state = kernel.prepare(weight, dtype)
-        assert torch.equal(kernel.codes(state), weight.codes)
-        exact_weight = weight.dequantize().double().t()
-        for rows in (1, 3, 8, 9, 16, 17, 64, 65, 128, 383, 384) if group == 128 else (1, 16, 65):
-            inputs = torch.randn(rows, columns, device="cuda").to(dtype)
-            expected = inputs.double() @ exact_weight
-            got = kernel.forward(inputs, state)
-            error = float((got.double() - expected).norm() / expected.norm())
-            case = f"{kernel.name}: {rows} rows, {out}x{columns}, groups of {size}, {dtype}: {error:.2e}"
-            assert error < TOLERANCES[dtype], case
-            assert torch.equal(got, kernel.forward(inputs, state)), f"not deterministic: {case}"
-            worst[str(dtype)] = max(worst[str(dtype)], error)
-            cases += 1
-    check_graph(kernel)
-    return {"cases": cases, "largest relative error": worst}
-
-
-def check_graph(kernel: Kernel) -> None:
-    """A replayed graph gives the very bits of a product outside of one."""
-    weight = random_weight(4096, 4096, 128)
-    state = kernel.prepare(weight, torch.bfloat16)
-    for rows in (1, 16, 64, 600):
-        inputs = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16)
-        multiply(inputs, kernel, state, 4096)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = multiply(inputs, kernel, state, 4096)
-        for _ in range(3):
-            inputs.copy_(torch.randn_like(inputs))
-            graph.replay()
-            assert torch.equal(out, kernel.forward(inputs, state)), f"a replayed graph differs: {rows} rows"
 
 
 def measure(kernel: Kernel, shape: tuple[int, int], all_rows: tuple[int, ...]) -> list[dict[str, float]]:
@@ -175,17 +117,36 @@ def table(figures: dict[str, Any]) -> str:
             errors = found["check"]["largest relative error"].items()
             told = ", ".join(f"{error:.1e} in {dtype.removeprefix('torch.')}" for dtype, error in errors)
             lines.append(f"- {found['check']['cases']} products checked; largest relative error {told}")
-            lines += [f"- host, one product {name}: {us:.1f} us" for name, us in found["overhead"].items()]
         if "layers" in found:
+            lines += [f"- host, one product {name}: {us:.1f} us" for name, us in found["overhead"].items()]
             lines += _layers(found["layers"], device["copy TB/s"])
-    for name in ("decode", "compiled"):
+    for name in ("quantizing", "merged"):
         if name in figures:
-            lines += ["", f"## {name.capitalize()}: batch 1, {figures[name]['blocks']} blocks", ""]
-            lines += ["| model | tokens/s | ms a token |", "|---|---|---|"]
-            for way, speed in figures[name]["tokens/s"].items():
-                lines.append(f"| {way} | {speed:.1f} | {1000 / speed:.2f} |")
-            lines += ["", *(f"- {note}: {value}" for note, value in figures[name].get("notes", {}).items())]
+            lines += ["", f"## {name.capitalize()}", ""]
+            lines += [f"- {fact}: {value:.3g}" for fact, value in figures[name].items()]
+    if "decode" in figures:
+        lines += _decode(figures["decode"])
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _decode(found: dict[str, Any]) -> list[str]:
+    lines = ["", f"## Decode: batch 1, {found['blocks']} blocks", ""]
+    lines += ["| model | tokens/s | ms a token |", "|---|---|---|"]
+    for way, speed in found["tokens/s"].items():
+        lines.append(f"| {way} | {speed:.1f} | {1000 / speed:.2f} |")
+    lines += ["", *(f"- {note}: {value:.3g}" for note, value in found["notes"].items())]
+    for way, rows in found.get("profiles", {}).items():
+        busy, launches = sum(row["us"] for row in rows), sum(row["launches"] for row in rows)
+        lines += [
+            "",
+            f"### {way}",
+            "",
+            f"{launches:.0f} launches, {busy:.0f} us of them a token; most of it:",
+            "",
+        ]
+        lines += ["| launched | us | launches |", "|---|---|---|"]
+        lines += [f"| `{row['name'][:80]}` | {row['us']:.0f} | {row['launches']:.0f} |" for row in rows[:10]]
+    return lines
 
 
 def _layers(layers: dict[str, list[dict[str, float]]], copy: float) -> list[str]:
@@ -209,7 +170,7 @@ def main() -> None:
     parser.add_argument(
         "--sections",
         default="check,layers,decode",
-        help="of these, and compiled; those left out stay as they are in the files",
+        help="of these; those left out stay as they are in the files",
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
@@ -225,18 +186,20 @@ def main() -> None:
         print(choose(LayerSpec("cuda", torch.bfloat16, 4096, 4096, 128)).reason, flush=True)
         found = figures["kernels"].setdefault(kernel.name, {})
         if "check" in sections:
-            found |= {"check": check(kernel), "overhead": overhead(kernel)}
+            found["check"] = check(kernel)
         if "layers" in sections:
+            found["overhead"] = overhead(kernel)
             shapes = itertools.islice(SHAPES.items(), 5 if options.quick else None)
             rows = (1, 8, 16, 64, 128, 4096) if options.quick else ROWS
             found["layers"] = {}
             for name, shape in shapes:
                 found["layers"][name] = measure(kernel, shape, rows)
                 torch.cuda.empty_cache()
+    if "check" in sections:
+        figures["quantizing"] = check_panels()
+        figures["merged"] = check_merged()
     if "decode" in sections:
         figures["decode"] = decode(options.blocks)
-    if "compiled" in sections:
-        figures["compiled"] = compiled()
     options.out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(figures, indent=1) + "\n")
     file.with_suffix(".md").write_text(table(figures))

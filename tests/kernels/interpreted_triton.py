@@ -16,7 +16,8 @@ from awq.kernels import triton_int4, triton_panel
 from awq.kernels.triton_int4 import TritonInt4
 from awq.kernels.triton_table import Device, Launch, launch_for
 from awq.search import rounding
-from awq.search.refine import move_panel
+from awq.search.gram import InputStats
+from awq.search.refine import move_panel, refine
 
 KERNEL = TritonInt4()
 # Groups that fill a chunk of words, share it, cross it, and lie in a chunk that is not full.
@@ -126,3 +127,17 @@ def test_codes_of_a_panel_move_as_by_plain_pytorch(channels: int, out: int) -> N
     assert bool((expected != codes).any())
     assert torch.allclose(triton_panel.move_panel(got, slope.clone(), gram, scales, 15), moves)
     assert torch.equal(got, expected)
+
+
+def test_a_layer_is_rounded_and_refined_as_by_plain_pytorch() -> None:
+    """With the tensors that the search hands over, however they lie in memory; two panels."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(400, 192, generator=generator) * (torch.rand(192, generator=generator) + 0.1)
+    stats = InputStats((inputs.t() @ inputs / 400)[None], inputs.abs().mean(0), 400)
+    weight = torch.randn(40, 192, generator=generator)
+    settings = (weight, stats, *rounding.full_range(weight, 64), 4, torch.float16)
+    plain, ours = rounding.gptq(*settings), rounding.gptq(*settings, triton_panel.round_panel)
+    assert float((plain.codes == ours.codes).float().mean()) > 0.99
+    moved = [refine(weight, stats, plain, 4, 2, mover).codes for mover in (None, triton_panel.move_panel)]
+    assert float((moved[0] != plain.codes).float().mean()) > 0.02
+    assert float((moved[0] == moved[1]).float().mean()) > 0.99

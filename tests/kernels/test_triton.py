@@ -147,8 +147,16 @@ def test_many_rows_are_left_to_the_dense_product() -> None:
 
 
 def test_few_output_channels_are_shared_out_until_the_processors_are_busy() -> None:
-    narrow, wide = (launch_for(16, out, 14336, 64, H100) for out in (1024, 14336))
+    narrow, wide = (launch_for(16, out, 14336, 64, H100) for out in (1024, 28672))
     assert narrow is not None
     assert wide is not None
     assert narrow.split == 8
     assert wide.split == 1
+
+
+def test_few_programs_begin_early_and_many_do_not() -> None:
+    few, many = (launch_for(1, out, 4096, 64, H100) for out in (6144, 14336))
+    assert few is not None
+    assert many is not None
+    assert few.early
+    assert not many.early

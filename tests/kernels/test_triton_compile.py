@@ -77,9 +77,9 @@ def compiled(gpu: Gpu, program: str, dtype: torch.dtype, constants: dict[str, An
     return triton.compile(source, target=GPUTarget(*gpu.target), options=options)
 
 
-def product(gpu: Gpu, rows: int, dtype: torch.dtype, group: int = 128) -> Any:
+def product(gpu: Gpu, rows: int, dtype: torch.dtype, group: int = 128, out: int = OUT) -> Any:
     plane = 64 if group % 64 == 0 else 32
-    launch = launch_for(rows, OUT, IN, plane, gpu.device)
+    launch = launch_for(rows, out, IN, plane, gpu.device)
     assert launch is not None
     constants: dict[str, Any] = {
         "GROUP": group,
@@ -92,7 +92,8 @@ def product(gpu: Gpu, rows: int, dtype: torch.dtype, group: int = 128) -> Any:
         "PTX": not gpu.device.hip,
     }
     if launch.side:
-        return compiled(gpu, "few_rows", dtype, constants | {"SIDE": launch.side}, launch)
+        constants |= {"SIDE": launch.side, "ONE": rows == 1, "EARLY": launch.early}
+        return compiled(gpu, "few_rows", dtype, constants, launch)
     return compiled(gpu, "many_rows", dtype, constants | {"SPLIT": max(launch.split, 2)}, launch)
 
 
@@ -143,6 +144,15 @@ def test_codes_are_read_ahead_and_multiplied_by_the_matrix_units() -> None:
         assert instruction in text
 
 
+@pytest.mark.parametrize(("gpu", "early"), [(GPUS[0], False), (H100, True)], ids=lambda each: str(each)[:12])
+def test_single_rows_are_launched_early_where_the_device_can_and_wait(gpu: Gpu, early: bool) -> None:
+    """The wait comes before the first read of anything."""
+    text = product(gpu, 1, torch.bfloat16, out=4096).asm["ptx"]
+    assert ("griddepcontrol.launch_dependents" in text) == early
+    if early:
+        assert text.index("griddepcontrol.wait") < text.index("cp.async")
+
+
 @pytest.mark.parametrize("gpu", [H100, GPUS[4]], ids=lambda gpu: gpu.name)
 def test_dequantizing_compiles(gpu: Gpu, tmp_path: Path) -> None:
     constants = {"GROUP": 128, "PLANE": 64, "WHOLE": True, "BLOCK_N": 32, "PTX": not gpu.device.hip}
@@ -159,6 +169,6 @@ def test_rounding_a_panel_compiles(gpu: Gpu, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("gpu", [H100, GPUS[4]], ids=lambda gpu: gpu.name)
 def test_moving_the_codes_of_a_panel_compiles(gpu: Gpu, tmp_path: Path) -> None:
-    constants = {"TINY": 1e-38, "WIDEST": 128, "BLOCK": 32}
+    constants = {"TINY": 2.0**-126, "WIDEST": 128, "BLOCK": 32}
     kernel = compiled(gpu, "move_panel", torch.float32, constants, Launch(0, 32, 1, 3))
     assert spilled_bytes(kernel, gpu, tmp_path) == 0

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from awq.errors import ConfigError
+from awq.hf.grouped import undo_grouped, use_grouped
 from awq.hf.placement import is_spread
 from awq.hf.static import StaticGeneration
 from awq.nn import Merge, QuantExperts, QuantLinear, apart_because
@@ -61,6 +62,7 @@ def fuse(model: Any, max_seq_len: int | None = None) -> list[tuple[str, ...]]:
             reason = "the model is spread over several devices or offloaded, and is not compiled then"
         if reason is None:
             model.generate = StaticGeneration(model, max_seq_len)
+            use_grouped(model, max_seq_len)
         else:
             _warn(f"the key/value cache grows as it is needed, without a fixed length: {reason}")
     return merged
@@ -73,6 +75,7 @@ def unfuse(model: Any) -> None:
             module._merge.undo()
     if isinstance(model.__dict__.get("generate"), StaticGeneration):
         del model.generate
+        undo_grouped(model)
 
 
 def _reason_against(model: Any) -> str | None:

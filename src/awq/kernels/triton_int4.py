@@ -170,6 +170,9 @@ def _multiply(inputs: Tensor, state: State, launch: Launch, ptx: bool) -> Tensor
     }
     across = -(-out_features // launch.block_n)
     if launch.side:
+        early = launch.early and ptx
+        if early:
+            constants["launch_pdl"] = True
         triton_programs.few_rows[(across,)](
             inputs,
             state.words,
@@ -180,6 +183,8 @@ def _multiply(inputs: Tensor, state: State, launch: Launch, ptx: bool) -> Tensor
             state.in_features,
             row_words,
             SIDE=launch.side,
+            ONE=rows == 1,
+            EARLY=early,
             **constants,
         )
         return out

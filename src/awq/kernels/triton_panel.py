@@ -39,6 +39,7 @@ def round_panel(rest: Tensor, upper: Tensor, scales: Tensor, zeros: Tensor, leve
     """
     from awq.kernels import triton_programs
 
+    assert all(part.is_contiguous() for part in (rest, scales, zeros))
     channels, out = rest.shape
     codes = torch.empty(channels, out, dtype=torch.uint8, device=rest.device)
     with torch.cuda.device_of(rest):  # Triton launches on the current device
@@ -67,6 +68,7 @@ def move_panel(codes: Tensor, slope: Tensor, gram: Tensor, scales: Tensor, level
     """
     from awq.kernels import triton_programs
 
+    assert all(part.is_contiguous() for part in (codes, slope, gram, scales))
     channels, out = codes.shape
     moves = torch.empty_like(slope)
     with torch.cuda.device_of(codes):

@@ -91,6 +91,8 @@ def few_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SIDE: tl.constexpr,
+    ONE: tl.constexpr,
+    EARLY: tl.constexpr,
     BF16: tl.constexpr,
     PTX: tl.constexpr,
 ):
@@ -99,10 +101,16 @@ def few_rows(
     A program computes BLOCK_N output channels. SIDE chunks side by side are a batch of products, one for each
     warp, added up at the end: few output channels are enough to keep a whole processor reading.
 
-    PER_GROUP: planes of a chunk that share a group; WHOLE: chunks fill the input channels.
+    PER_GROUP: planes of a chunk that share a group; WHOLE: chunks fill the input channels. ONE: there is one
+    row, read once and multiplied as if it were many, which leaves more memory for what is read ahead. EARLY:
+    programs are launched before the launch ahead has ended, and wait for that; the next launch may begin only
+    then, so whoever waits for the launch just ahead of it has waited for all.
     """
     CHUNK: tl.constexpr = 4 * PLANE
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     m = tl.arange(0, BLOCK_M)
     column = tl.arange(0, PLANE)
     side = tl.arange(0, SIDE)
@@ -129,9 +137,13 @@ def few_rows(
                 codes = _centred(words, zeros[:, :, None], plane, BF16, PTX)
                 start = (first + side) * CHUNK + plane * PLANE
                 in_plane = inside if WHOLE else inside & (start < in_features)[:, None]
-                x = tl.load(
-                    x_at + (first * CHUNK + plane * PLANE), mask=in_plane[:, :, None] & m_inside, other=0
-                )
+                if ONE:
+                    one = tl.load(x_ptr + start[:, None] + column[None, :], mask=in_plane, other=0)
+                    x = tl.broadcast_to(one[:, :, None], (SIDE, PLANE, BLOCK_M))
+                else:
+                    x = tl.load(
+                        x_at + (first * CHUNK + plane * PLANE), mask=in_plane[:, :, None] & m_inside, other=0
+                    )
                 sums = tl.dot(codes, x, sums)
             total += sums * _scales_of(pairs)[:, :, None]
     out = tl.sum(total, 0).to(out_ptr.dtype.element_ty)

@@ -25,13 +25,18 @@ class Device:
     shared: int
     hip: bool = False
 
+    @property
+    def launches_early(self) -> bool:
+        """Whether a launch can begin before the one ahead of it has ended."""
+        return self.capability >= 90 and not self.hip
+
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
     """Measures of a launch.
 
     `side` chunks are multiplied side by side, one for each warp, when that is not 0: a launch of `few_rows`.
-    Otherwise `split` programs share a sum.
+    `early`: it may begin before the launch ahead of it has ended. Otherwise `split` programs share a sum.
     """
 
     block_m: int
@@ -40,10 +45,17 @@ class Launch:
     stages: int
     side: int = 0
     split: int = 1
+    early: bool = False
 
 
 # For rows up to; rows and output channels of a program; warps; programs that a processor runs at once.
-_MANY = ((16, 16, 32, 1, 6), (32, 32, 64, 4, 3), (DENSE_ROWS, 64, 64, 4, 2))
+_MANY = ((16, 16, 64, 2, 5), (32, 32, 64, 4, 3), (DENSE_ROWS, 64, 64, 4, 2))
+# For more output channels than programs of the first line run at once.
+_BROAD = (16, 16, 32, 1, 6)
+# On Hopper, where there is enough to do: fewer programs that unpack each weight for more rows.
+_WIDE = (32, 32, 128, 4, 1)
+_LARGE = (DENSE_ROWS, 128, 128, 8, 1)
+_HOPPER = 90
 # Compiled and checked under the interpreter; no such device has been measured.
 _MANY_HIP = ((16, 16, 64, 4, 2), (32, 32, 64, 4, 2), (DENSE_ROWS, 64, 64, 8, 2))
 _MOST_SHARES = 8
@@ -59,16 +71,30 @@ def launch_for(rows: int, out_features: int, in_features: int, plane: int, devic
     if rows >= DENSE_ROWS:
         return None
     if rows <= FEW_ROWS and not device.hip:
-        return _few(out_features, plane, device)
-    table = _MANY_HIP if device.hip else _MANY
-    _, block_m, block_n, warps, resident = next(line for line in table if rows <= line[0])
+        return _few(rows, out_features, plane, device)
+    _, block_m, block_n, warps, resident = _many(rows, out_features, in_features, device)
     tiles = -(-rows // block_m) * -(-out_features // block_n)
     chunks = -(-in_features // (4 * plane))
     split = 1
-    while split < _MOST_SHARES and 2 * split * tiles <= device.processors * resident and chunks >= 4 * split:
+    while split < _MOST_SHARES and 2 * split * tiles <= device.processors * resident and chunks >= 8 * split:
         split *= 2
     stages = _stages((block_n + 4 * block_m) * plane * 2, 3, device)
     return Launch(block_m, block_n, warps, stages, split=split)
+
+
+def _many(rows: int, out_features: int, in_features: int, device: Device) -> tuple[int, int, int, int, int]:
+    table = _MANY_HIP if device.hip else _MANY
+    usual = next(line for line in table if rows <= line[0])
+    if not device.hip and rows <= 16 and out_features > 64 * 6 * device.processors:
+        return _BROAD
+    if device.hip or device.capability != _HOPPER:
+        return usual
+    if 16 < rows <= 32 and out_features >= 128 * device.processors:
+        return _WIDE
+    tiles = -(-rows // 64) * -(-out_features // 64)
+    if rows > 64 and (tiles > 2 * device.processors or in_features >= 8192):
+        return _LARGE
+    return usual
 
 
 def most_tiles(out_features: int) -> int:
@@ -76,20 +102,23 @@ def most_tiles(out_features: int) -> int:
     return DENSE_ROWS // 64 * -(-out_features // 64)
 
 
-def _few(out_features: int, plane: int, device: Device) -> Launch:
+def _few(rows: int, out_features: int, plane: int, device: Device) -> Launch:
     """Few programs read more side by side; many programs leave that to one another."""
     if out_features <= 16 * device.processors:
         block_n, side, stages = 16, 4, 4
     elif out_features <= 40 * device.processors:
         block_n, side, stages = 32, 4, 4
     elif out_features <= 150 * device.processors:
-        block_n, side, stages = 32, 2, 3
+        block_n, side, stages = 32, 2, 4 if rows == 1 else 3
     else:
         block_n, side, stages = 32, 2, 2
     if plane < 64:
         side, stages = 4, 4
-    stages = _stages(side * (block_n + 4 * FEW_ROWS) * plane * 2, stages, device)
-    return Launch(FEW_ROWS, block_n, side, stages, side=side)
+    rows_read = 1 if rows == 1 else FEW_ROWS
+    stages = _stages(side * (block_n + 4 * rows_read) * plane * 2, stages, device)
+    # Many programs that begin early settle where others have not ended yet, and unevenly.
+    early = device.launches_early and out_features <= 2 * block_n * device.processors
+    return Launch(FEW_ROWS, block_n, side, stages, side=side, early=early)
 
 
 def _stages(bytes_of_one: int, wished: int, device: Device) -> int:

@@ -89,7 +89,7 @@ def _descended(weight: Tensor, grams: Tensor, start: Codes, levels: int, mover: 
         gram = grams[part][order][:, order]
         columns = order + part * width
         scales, zeros = (t.float()[:, columns // size].t().contiguous() for t in start[1:])
-        codes = start.codes[:, columns].t().float()
+        codes = start.codes[:, columns].t().contiguous().float()
         slope = gram @ ((codes - zeros) * scales - weight[:, columns].t())
         for begin in range(0, width, _PANEL):
             here = slice(begin, begin + _PANEL)
