@@ -104,7 +104,7 @@ def file_order(gram: Tensor) -> Tensor:
 
 
 def order_inside_groups(gram: Tensor, size: int) -> Tensor:
-    """Groups as they come, the most energetic channel of each first; a layer that has no groups as a whole."""
+    """Groups as they come, the most energetic channel of each first; as a whole what has no such groups."""
     size = size if len(gram) % size == 0 else len(gram)
     inside = torch.argsort(gram.diagonal().view(-1, size), descending=True, stable=True)
     return (inside + size * torch.arange(len(inside), device=gram.device).unsqueeze(1)).flatten()
