@@ -238,5 +238,6 @@ VARIANTS: dict[str, Variant] = {
     "twice as fine a grid": Variant({"scale_steps": 40}),
     "exponents for each group": Variant({}, (replaced(blocks, "search_scale", group_exponents),)),
     "tokens weighted by gradient": Variant({}, (weighted_by_gradient,)),
-    "preset best": Variant({"refine": 4, "tune": 120}),
+    "tuning, 160 steps (preset best)": Variant({"refine": 4, "tune": 160}),
+    "tuning, 400 steps": Variant({"refine": 4, "tune": 400}),
 }

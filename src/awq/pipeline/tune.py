@@ -65,14 +65,13 @@ class _Moving:
         return cls(levels, base, -zeros, scales, *moved, means, squares)
 
     def numbers(self) -> Tensor:
-        """Whole numbers as they are now; gradients pass to the offsets unchanged."""
-        moved = self.base + self.offset
-        rounded = moved + (moved.round() - moved).detach()
-        return torch.minimum(torch.maximum(rounded, self.lowest), self.lowest + self.levels)
+        """Whole numbers as they are now."""
+        return (self.base + self.offset).round_().clamp_(self.lowest, self.lowest + self.levels)
 
     def values(self) -> Tensor:
-        """The weight, `[out, in]`."""
-        return (self.numbers() * (self.scales * (1 + self.factor))).flatten(1)
+        """The weight, `[out, in]`, with gradients."""
+        values: Tensor = _Values.apply(self.offset, self.factor, self)
+        return values
 
     @torch.no_grad()
     def step(self, size: float, number: int) -> None:
@@ -96,6 +95,27 @@ class _Moving:
         codes = (self.numbers() - self.lowest).to(torch.uint8).flatten(1)
         scales = (self.scales * (1 + self.factor)).squeeze(-1).to(start.scales.dtype)
         return Codes(codes, scales, start.zeros)
+
+
+class _Values(torch.autograd.Function):
+    """A layer's values by hand: of each weight nothing but its value is kept for the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, offset: Tensor, factor: Tensor, layer: _Moving) -> Tensor:
+        ctx.layer = layer
+        return (layer.numbers() * (layer.scales * (1 + factor))).flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Rounding passes gradients unchanged; at the first and last code half of them, and none beyond."""
+        layer = ctx.layer
+        gradient = gradient.view_as(layer.base)
+        rounded = (layer.base + layer.offset).round_() - layer.lowest
+        passed = ((rounded >= 0) & (rounded <= layer.levels)).float()
+        passed += (rounded > 0) & (rounded < layer.levels)
+        offset = gradient * (layer.scales * (1 + layer.factor)) * passed.mul_(0.5)
+        factor = (gradient * layer.numbers()).sum(-1, keepdim=True) * layer.scales
+        return offset, factor, None
 
 
 def teaching(batches: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
