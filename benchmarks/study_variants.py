@@ -104,7 +104,7 @@ def file_order(gram: Tensor) -> Tensor:
 
 
 def order_inside_groups(gram: Tensor, size: int) -> Tensor:
-    """Groups as they come, the most energetic channel of each first; a layer without groups as a whole."""
+    """Groups as they come, the most energetic channel of each first; as a whole what has no such groups."""
     size = size if len(gram) % size == 0 else len(gram)
     inside = torch.argsort(gram.diagonal().view(-1, size), descending=True, stable=True)
     return (inside + size * torch.arange(len(inside), device=gram.device).unsqueeze(1)).flatten()
@@ -238,5 +238,6 @@ VARIANTS: dict[str, Variant] = {
     "twice as fine a grid": Variant({"scale_steps": 40}),
     "exponents for each group": Variant({}, (replaced(blocks, "search_scale", group_exponents),)),
     "tokens weighted by gradient": Variant({}, (weighted_by_gradient,)),
-    "preset best": Variant({"refine": 4, "tune": 120}),
+    "tuning, 160 steps (preset best)": Variant({"refine": 4, "tune": 160}),
+    "tuning, 400 steps": Variant({"refine": 4, "tune": 400}),
 }

@@ -38,7 +38,7 @@ PLAIN_FORMATS = ("float", "folded")
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"rounding": "nearest"},
     "balanced": {},
-    "best": {"refine": 4, "tune": 120},
+    "best": {"refine": 4, "tune": 160},
 }
 
 # AutoAWQ's names for the same things, as found in its scripts and in older checkpoints.

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from awq.config import QuantConfig
 from awq.model.blocks import BlockCall
 from awq.pipeline import quantize
-from awq.pipeline.block import holding
+from awq.pipeline.block import holding, make_judge
 from awq.pipeline.observe import Batch
-from awq.pipeline.tune import tune
+from awq.pipeline.tune import teaching, tune
 from awq.search import Codes, full_range, nearest
 
 CPU = torch.device("cpu")
@@ -70,15 +70,28 @@ def error(block: nn.Module, codes: dict[str, Codes], given: list[Batch], targets
     )
 
 
+def tuned(
+    block: nn.Module,
+    start: dict[str, Codes],
+    given: list[Batch],
+    targets: list[Tensor],
+    steps: int,
+    bits: int,
+) -> dict[str, Codes]:
+    """Taught by all but the first batch, which judges."""
+    judge = make_judge(block, given[:1], targets[:1], CPU)
+    return tune(block, start, given[1:], targets[1:], steps, dict.fromkeys(start, bits), CPU, judge)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_output_comes_nearer_to_the_originals(block: Block, bits: int) -> None:
     given, targets = batches(block)
     start = rounded(block, bits)
     before = {name: parameter.clone() for name, parameter in block.named_parameters()}
-    tuned = tune(block, start, given, targets, 120, dict.fromkeys(start, bits), CPU)
-    assert error(block, tuned, given, targets) < 0.7 * error(block, start, given, targets)
+    better = tuned(block, start, given, targets, 120, bits)
+    assert error(block, better, given, targets) < 0.7 * error(block, start, given, targets)
     assert all(torch.equal(parameter, before[name]) for name, parameter in block.named_parameters())
-    for name, layer in tuned.items():
+    for name, layer in better.items():
         assert int(layer.codes.max()) < 2**bits
         assert layer.scales.dtype == torch.float16 and bool((layer.scales > 0).all())
         assert torch.equal(layer.zeros, start[name].zeros)
@@ -87,7 +100,7 @@ def test_the_output_comes_nearer_to_the_originals(block: Block, bits: int) -> No
 def test_the_same_call_gives_the_same_codes(block: Block) -> None:
     given, targets = batches(block)
     start = rounded(block, 4)
-    once, again = (tune(block, start, given, targets, 20, dict.fromkeys(start, 4), CPU) for _ in range(2))
+    once, again = (tuned(block, start, given, targets, 20, 4) for _ in range(2))
     assert all(torch.equal(a, b) for name in start for a, b in zip(once[name], again[name], strict=True))
 
 
@@ -96,19 +109,36 @@ def test_errors_that_come_with_the_inputs_are_put_right(block: Block) -> None:
     drift = 0.05 * torch.randn(32, generator=torch.Generator().manual_seed(2))
     drifted = [Batch(batch.hidden + drift, batch.call, None) for batch in given]
     start = rounded(block, 4)
-    tuned = tune(block, start, drifted, targets, 120, dict.fromkeys(start, 4), CPU)
-    assert error(block, tuned, drifted, targets) < 0.95 * error(block, start, drifted, targets)
+    better = tuned(block, start, drifted, targets, 120, 4)
+    assert error(block, better, drifted, targets) < 0.95 * error(block, start, drifted, targets)
 
 
 def test_padding_teaches_nothing(block: Block) -> None:
     given, targets = batches(block, masked=True)
     start = rounded(block, 3)
-    clean = tune(block, start, given, targets, 20, dict.fromkeys(start, 3), CPU)
+    clean = tuned(block, start, given, targets, 20, 3)
     for batch, target in zip(given, targets, strict=True):
         batch.hidden[:, 12:] = 1e3
         target[:, 12:] = -1e3
-    dirty = tune(block, start, given, targets, 20, dict.fromkeys(start, 3), CPU)
+    dirty = tuned(block, start, given, targets, 20, 3)
     assert all(torch.equal(clean[name].codes, dirty[name].codes) for name in start)
+
+
+def test_batches_that_did_not_teach_never_come_off_worse(block: Block) -> None:
+    given, targets = batches(block)
+    start = rounded(block, 4)
+    misled = [2 * batch.hidden - target for batch, target in zip(given, targets, strict=True)]
+    judge = make_judge(block, given[:1], targets[:1], CPU)
+    kept = tune(block, start, given[1:], misled[1:], 120, dict.fromkeys(start, 4), CPU, judge)
+    assert error(block, kept, given[:1], targets[:1]) <= error(block, start, given[:1], targets[:1])
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 9, 40])
+def test_batches_teach_or_judge_and_never_both(count: int) -> None:
+    taught, held = teaching(range(count))
+    assert held and taught
+    assert sorted({*taught, *held}) == list(range(count))
+    assert count == 1 or not {*taught} & {*held}
 
 
 class InterruptedRunError(Exception):

@@ -139,7 +139,9 @@ def prepare(request: Request, unfinished: Journal | None) -> Job:
         skipped=left_float(skeleton, list_name, plans),
         output_bytes=files.bytes,
         disk_bytes=files.bytes + 2 * hidden_bytes,
-        peak_bytes=predict_peak(blocks, kind_of_block, feed.batch_tokens, around, hidden_bytes),
+        peak_bytes=predict_peak(
+            blocks, kind_of_block, feed.batch_tokens, around, hidden_bytes, bool(config.tune)
+        ),
         device=str(device),
         batch_tokens=feed.batch_tokens,
         resumed_at=len(unfinished.blocks) if unfinished is not None else 0,

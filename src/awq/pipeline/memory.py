@@ -15,15 +15,19 @@ from awq.model.layers import linears_of
 
 # On the CPU larger batches gain nothing: the products are large enough, and activations cost memory.
 _CPU_BATCH_TOKENS = 4096
+# Steps on few tokens cost less, and more of them teach more than fewer steps on many.
+_TUNING_BATCH_TOKENS = 1024
 _MOST_BATCH_TOKENS = 65536
 
 
 def batch_tokens_for(device: torch.device, blocks: Sequence[nn.Module], tuning: bool = False) -> int:
     """Tokens of a batch: a quarter of an accelerator's free memory, at float32 and two copies each.
 
-    Gradients keep everything a block computes, and a few samples tell them enough.
+    Tuning has a size of its own.
     """
-    if device.type != "cuda" or tuning:
+    if tuning:
+        return _TUNING_BATCH_TOKENS
+    if device.type != "cuda":
         return _CPU_BATCH_TOKENS
     free, _ = torch.cuda.mem_get_info(device)
     per_token = max(channels_at_once(block) for block in blocks)

@@ -108,20 +108,26 @@ def scale_dtype(config: QuantConfig) -> torch.dtype:
     return torch.bfloat16 if config.dtype == "bfloat16" else torch.float16
 
 
+# Bytes a weight that tuning takes, measured on a block of linear layers.
+_TUNING_BYTES = 43
+
+
 def predict_peak(
     blocks: Sequence[nn.Module],
     kinds: Sequence[KindPlan],
     batch_tokens: int,
     surrounding_bytes: int,
     hidden_bytes: int,
+    tuning: bool = False,
 ) -> int:
     """Bytes that the work will take at its peak, beyond what the process holds already.
 
     The largest block counts twice (its weights, and a candidate's values) plus a byte a weight for each of
     three candidates' codes; G of every distinct input, and four times the largest for its inverse; the
-    activations of a batch; the hidden states before and behind the block.
+    activations of a batch; the hidden states before and behind the block. Tuning holds for each weight what
+    moves it and its gradients.
     """
-    peak = surrounding_bytes
+    peak, a_weight = surrounding_bytes, 11 + (_TUNING_BYTES if tuning else 0)
     for block, kind in zip(blocks, kinds, strict=True):
         readers = readers_of(block)
         weights = sum(parameter.numel() for parameter in block.parameters())
@@ -129,7 +135,7 @@ def predict_peak(
         grams = sum(squares) + 4 * max(squares, default=0)
         activations = batch_tokens * channels_at_once(block)
         stacked = max((layer.weight.numel() for layer in linears_of(block).values()), default=0)
-        peak = max(peak, 11 * weights + 4 * grams + 4 * activations + 12 * stacked)
+        peak = max(peak, a_weight * weights + 4 * grams + 4 * activations + 12 * stacked)
     return peak + 2 * hidden_bytes
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from awq.pipeline.precision import float32_by_default, matmul_precision
 from awq.pipeline.preflight import check_disk, scale_dtype
 from awq.pipeline.report import BlockReport, Progress, Report, Silent, write_json
 from awq.pipeline.skipped import not_converted
-from awq.pipeline.tune import tune
+from awq.pipeline.tune import teaching, tune
 from awq.pipeline.verdict import verdict_on
 from awq.pipeline.writer import DEFAULT_SHARD_BYTES, ShardWriter
 from awq.search import Codes
@@ -259,6 +259,9 @@ class _Run:
         # Blocks that share state would need a second one for the quantized blocks' states.
         follows = bool(self.config.tune) and not feed.shares_state
         batches, quantized = feed.at(index, quantized=follows), None
+        parted = teaching if self.config.tune else (lambda every: (every, every))
+        (taught, held), (targets, wanted) = parted(batches), parted(seen.outputs)
+        judge = make_judge(block, held, wanted, self.device)
         with self._timed("search"):
             result = quantize_block(
                 block,
@@ -267,11 +270,11 @@ class _Run:
                 [proof.fold for proof in proofs if proof.holds],
                 settings,
                 seen.stats,
-                make_judge(block, batches, seen.outputs, self.device),
+                judge,
                 self.config,
                 scale_dtype(self.config),
                 stored,
-                partial(self._tuned, block, batches, seen.outputs, settings) if self.config.tune else None,
+                partial(self._tuned, block, taught, targets, judge, settings) if self.config.tune else None,
             )
             if follows:
                 with holding(block, result.codes):
@@ -292,13 +295,14 @@ class _Run:
     def _tuned(
         self,
         block: nn.Module,
-        batches: list[Batch],
-        targets: list[torch.Tensor],
+        batches: Sequence[Batch],
+        targets: Sequence[torch.Tensor],
+        judge: Callable[[], float],
         settings: dict[str, Setting],
         codes: dict[str, Codes],
     ) -> dict[str, Codes]:
         bits = {name: setting.bits for name, setting in settings.items()}
-        return tune(block, codes, batches, targets, self.config.tune, bits, self.device)
+        return tune(block, codes, batches, targets, self.config.tune, bits, self.device, judge)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

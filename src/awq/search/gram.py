@@ -14,8 +14,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-# Rows of G that are added up together at least, and the most such strips: products wide enough for the
-# caches, and nearly half of the work saved.
+# Strips of rows of G that are added up together: how high at least, and how many at most. Wide enough for the
+# caches, and nearly half of the work is saved.
 _STRIP, _STRIPS = 256, 8
 
 
