@@ -21,6 +21,7 @@ from awq.auto_model import AWQModel
 from awq.errors import AwqError, CalibrationError, ConfigError
 from awq.legacy.config import AwqConfig
 from awq.model.quantized import QuantizedCheckpoint
+from awq.pipeline.convert import convert
 
 _WHISPER = {"layers": 2, "attention_heads": 2, "ffn_dim": 64}
 pytestmark = pytest.mark.usefixtures("unanswered")
@@ -145,10 +146,31 @@ def test_the_whisper_example_is_answered_in_a_sentence(token_lists: Any, tmp_pat
 # marlin_quant.py
 
 
-def test_the_marlin_example_is_answered_in_a_sentence(books6m: Path, tokenizer: Any) -> None:
+def test_the_marlin_example_writes_marlin_s_layout(books6m: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """The example's configuration is symmetric; with zero points there is no such layout."""
     model = AutoAWQForCausalLM.from_pretrained(str(books6m))
-    with pytest.raises(ConfigError, match=r"version='marlin' is how a kernel arranges .* write `gemm`"):
-        model.quantize(tokenizer, {**QUANT_CONFIG, "zero_point": False, "version": "Marlin"}, **SMALL)
+    with pytest.raises(ConfigError, match=r"holds symmetric codes alone, .* or set zero_point=False"):
+        model.quantize(tokenizer, {**QUANT_CONFIG, "version": "Marlin"}, **SMALL)
+    model.quantize(tokenizer, {**QUANT_CONFIG, "zero_point": False, "version": "Marlin"}, **SMALL)
+    model.save_quantized(str(tmp_path / "out"))
+    entry = config_of(tmp_path / "out")["quantization_config"]
+    assert (entry["version"], entry["zero_point"]) == ("marlin", False)
+    convert(tmp_path / "out", tmp_path / "gemm", "gemm")
+    tokens = tokenizer("The sea was", return_tensors="pt").input_ids
+    loaded, same = (AutoAWQForCausalLM.from_quantized(str(tmp_path / name)) for name in ("out", "gemm"))
+    assert torch.equal(loaded(tokens).logits, same(tokens).logits)
+
+
+@pytest.mark.parametrize("version", ["exllama", "ipex"])
+def test_versions_that_name_a_kernel_write_gemm_and_say_so(
+    books6m: Path, tokenizer: Any, tmp_path: Path, version: str
+) -> None:
+    model = AutoAWQForCausalLM.from_pretrained(str(books6m))
+    with pytest.warns(UserWarning, match=f"version='{version}' has no effect: it names a kernel"):
+        model.quantize(tokenizer, {**QUANT_CONFIG, "version": version}, apply_clip=False, **SMALL)
+    assert model.quant_config.version == "gemm"
+    model.save_quantized(str(tmp_path / "out"))
+    assert config_of(tmp_path / "out")["quantization_config"]["version"] == "gemm"
 
 
 def test_symmetric_codes_are_written_with_the_middle_code_for_a_zero_point(
@@ -161,17 +183,19 @@ def test_symmetric_codes_are_written_with_the_middle_code_for_a_zero_point(
     assert bool((held.weight(next(iter(held.layers))).zeros == 8).all())
 
 
-@pytest.mark.parametrize("version", ["GEMV", "gemv_fast"])
+@pytest.mark.parametrize(
+    ("version", "layout"), [("GEMV", "gemv"), ("GEMV_FAST", "gemv_fast"), ("GEMVFast", "gemv_fast")]
+)
 def test_autoawqs_other_layouts_are_written(
-    books6m: Path, tokenizer: Any, tmp_path: Path, version: str
+    books6m: Path, tokenizer: Any, tmp_path: Path, version: str, layout: str
 ) -> None:
     model = AutoAWQForCausalLM.from_pretrained(str(books6m))
     model.quantize(tokenizer, {**QUANT_CONFIG, "version": version}, apply_clip=False, **SMALL)
-    assert model.quant_config.version == version.lower()
+    assert model.quant_config.version == layout
     model.save_quantized(str(tmp_path / "out"))
-    assert config_of(tmp_path / "out")["quantization_config"]["version"] == version.lower()
+    assert config_of(tmp_path / "out")["quantization_config"]["version"] == layout
     held = QuantizedCheckpoint(tmp_path / "out")
-    assert held.detected.layout == version.lower()
+    assert held.detected.layout == layout
 
 
 def test_a_layout_that_cannot_hold_the_model_leaves_it_quantized(

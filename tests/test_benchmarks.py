@@ -45,3 +45,18 @@ def test_fused_decoding_is_measured_beside_layers_apart(tmp_path: Path) -> None:
         ("apart", "merged", "static 64"), 2
     )
     assert all(speed > 0 for speeds in found.values() for speed in speeds)
+
+
+@pytest.mark.slow
+def test_the_script_for_two_gpus_runs_where_there_is_none(tmp_path: Path) -> None:
+    target = tmp_path / "multi.json"
+    command = [sys.executable, str(BENCHMARKS / "gpu_multi.py"), "--device", "cpu", "--other", "cpu"]
+    command += ["--blocks", "0", "--json", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(target.read_text())["bundled"]
+    assert found["quantized on"] == "cpu"
+    assert "device_map gives no place to" in found["refused"]
+    ways = {name: way for name, way in found["ways"].items() if "one device" not in name}
+    assert {name.split(": ")[1] for name in ways} == {"by blocks", "fused", "transformers"}
+    assert all(way["same tokens"] and way["right"] for way in ways.values())

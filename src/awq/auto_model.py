@@ -30,7 +30,7 @@ from awq.pipeline import Report, publish, quantize
 from awq.pipeline.convert import convert
 
 # AutoAWQ's layouts that are made from `gemm`.
-_CONVERTED = ("gemv", "gemv_fast")
+_CONVERTED = ("gemv", "gemv_fast", "llm_awq", "marlin")
 # AutoAWQ's defaults, which ask for nothing.
 _CHUNK_MEMORY = 1024**3
 _SEQ_LEN = 2048

@@ -93,6 +93,24 @@ def test_gptq_words_hold_eight_inputs_and_zero_points_minus_one() -> None:
         assert same(get_format(name).unpack(packed), weight)
 
 
+def test_exllama_words_hold_eight_inputs_and_zero_points_minus_one_which_wrap() -> None:
+    """The words that an ExLlama kernel reads: codes along the inputs, and the 1 that it adds again wraps."""
+    weight = patterned(8, 64, 32)
+    zeros = weight.zeros.clone()
+    zeros[2, 0] = zeros[5, 1] = 0
+    weight = QuantizedWeight(weight.codes, weight.scales, zeros)
+    packed = exllama.pack(weight)
+    assert set(packed) == {"qweight", "qzeros", "scales"}
+    for word in range(8):
+        codes = weight.codes[3, word * 8 : word * 8 + 8].tolist()
+        assert int(packed["qweight"][word, 3]) & 0xFFFFFFFF == sum(c << (4 * i) for i, c in enumerate(codes))
+    for group in range(2):
+        stored = [15 if zero == 0 else zero - 1 for zero in zeros[:, group].tolist()]
+        assert int(packed["qzeros"][group, 0]) & 0xFFFFFFFF == sum(z << (4 * i) for i, z in enumerate(stored))
+    assert torch.equal(packed["scales"], weight.scales.t())
+    assert same(exllama.unpack(packed), weight)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_mlx_words_are_read_and_written_as_mlx_does_in_every_width(bits: int) -> None:
     golden = GOLDEN["mlx"][str(bits)]

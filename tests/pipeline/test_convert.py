@@ -69,7 +69,11 @@ def config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 
 
-@pytest.mark.parametrize("target", [name for name in TARGETS if name not in ("gemm", "mlx")])
+# Those that hold any 4-bit weight.
+WITH_ZEROS = [name for name in TARGETS if name != "marlin"]
+
+
+@pytest.mark.parametrize("target", [name for name in WITH_ZEROS if name not in ("gemm", "mlx")])
 def test_there_and_back_gives_the_same_tensors_and_configuration(
     target: str, source: Path, tmp_path: Path
 ) -> None:
@@ -87,7 +91,7 @@ def test_there_and_back_gives_the_same_tensors_and_configuration(
 @pytest.mark.parametrize("other", ["gemv_fast", "gptq_v2", "compressed-tensors"])
 def test_any_layout_converts_to_any_other(other: str, source: Path, tmp_path: Path) -> None:
     awq.convert(source, tmp_path / "one", other)
-    for target in TARGETS:
+    for target in WITH_ZEROS:
         if target == other:
             continue
         awq.convert(tmp_path / "one", tmp_path / target, target)
@@ -97,6 +101,26 @@ def test_any_layout_converts_to_any_other(other: str, source: Path, tmp_path: Pa
             assert torch.equal(first.codes, second.codes)
             assert torch.equal(first.scales, second.scales)
             assert torch.equal(first.zeros, second.zeros)
+
+
+def test_symmetric_codes_go_to_marlin_and_back_and_others_are_refused_with_the_layer(
+    source: Path, tmp_path: Path
+) -> None:
+    symmetric = tmp_path / "symmetric"
+    shutil.copytree(source, symmetric)
+    _edit(symmetric, lambda weight: weight.zeros.fill_(8))
+    awq.convert(symmetric, tmp_path / "marlin", "marlin")
+    entry = config_of(tmp_path / "marlin")["quantization_config"]
+    assert (entry["version"], entry["zero_point"]) == ("marlin", False)
+    assert not [name for name in read(tmp_path / "marlin") if name.endswith("qzeros")]
+    awq.convert(tmp_path / "marlin", tmp_path / "back", "gemm")
+    before, after = read(symmetric), read(tmp_path / "back")
+    assert set(before) == set(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert config_of(tmp_path / "back") == config_of(source)
+    with pytest.raises(ConfigError, match=r"model\.layers\..* does not fit the marlin layout"):
+        awq.convert(source, tmp_path / "out", "marlin")
+    assert not (tmp_path / "out").exists()
 
 
 def test_mlx_gives_the_codes_back_and_casts_the_rest(source: Path, tmp_path: Path) -> None:
@@ -237,7 +261,7 @@ def test_a_finished_checkpoint_is_overwritten_on_purpose_only(source: Path, tmp_
     ("target", "reason"),
     [
         ("gemm", "in the gemm layout already"),
-        ("marlin", "no engine reads it from disk: .* arrange `gemm`"),
+        ("marlin", r"\S+ does not fit the marlin layout: a zero point is not 8: .* use gemm, which engines"),
         ("exllama", "on disk it is `gemm`"),
         ("float", "'float' is unknown"),
         ("nonsense", "'nonsense' is unknown"),

@@ -16,7 +16,7 @@ from awq.config import FORMAT_BITS, Setting
 from awq.errors import ConfigError
 
 # AutoAWQ's versions. Its exllama and ipex ones name a kernel: on disk they are GEMM.
-_AWQ_VERSIONS = {
+AWQ_VERSIONS = {
     "gemm": "gemm",
     "exllama": "gemm",
     "ipex": "gemm",
@@ -110,12 +110,12 @@ def _awq(entry: Mapping[str, Any]) -> Detected:
     version = str(
         entry.get("version") or entry.get("checkpoint_format") or entry.get("format") or "gemm"
     ).lower()
-    if version not in _AWQ_VERSIONS:
+    if version not in AWQ_VERSIONS:
         raise ConfigError(
-            f"AWQ version {version!r} is unknown; known are: {', '.join(_AWQ_VERSIONS)}. Correct `version` "
+            f"AWQ version {version!r} is unknown; known are: {', '.join(AWQ_VERSIONS)}. Correct `version` "
             "in the checkpoint's configuration if its tensors are in one of these"
         )
-    layout = _AWQ_VERSIONS[version]
+    layout = AWQ_VERSIONS[version]
     if entry.get("zero_point", True) is False and layout != "marlin":
         raise ConfigError(
             f"zero_point: false has no meaning in the {layout} layout, whose tensors include zero points; "

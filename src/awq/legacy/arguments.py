@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from awq.config import QuantConfig
 from awq.errors import ConfigError
+from awq.formats.detect import AWQ_VERSIONS
 from awq.model.weights import CheckpointReader
 
 NO_EFFECT = {
@@ -25,6 +26,8 @@ NO_EFFECT = {
     "use_ipex": "the kernel is chosen by device and shape",
     "use_qbits": "the kernel is chosen by device and shape",
     "max_new_tokens": "it sets no size when loading; give it to generate()",
+    "version='exllama'": "it names a kernel, and its checkpoints are in the gemm layout, which is written",
+    "version='ipex'": "it names a kernel, and its checkpoints are in the gemm layout, which is written",
     "model_type": "it is read from the model's config.json",
     "safetensors": "safetensors are read and written in any case: pickled weights can run code when opened",
     "init_quant": (
@@ -72,17 +75,20 @@ def read_settings(given: Mapping[str, Any] | QuantConfig | None, skipped: Any) -
 
 
 def take_version(settings: dict[str, Any]) -> str:
-    """Take the layout out of AutoAWQ's dictionary (`version`, in any case of letters) or ours (`format`).
+    """Take the layout out of AutoAWQ's dictionary (`version`, as any reader spells it) or ours (`format`).
 
     Raises:
-        ConfigError: it is a layout that is not written.
+        ConfigError: the layout cannot hold zero points, and they are not given up.
     """
-    layout = str(settings.pop("version", None) or settings.pop("format", None) or "gemm").lower()
+    version = str(settings.pop("version", None) or settings.pop("format", None) or "gemm").lower()
     settings.pop("format", None)
-    if layout in ("marlin", "exllama", "ipex"):
+    answer({f"version={version!r}": version in ("exllama", "ipex")})
+    layout = AWQ_VERSIONS.get(version, version)
+    if layout == "marlin" and settings.get("zero_point", True):
         raise ConfigError(
-            f"version={layout!r} is how a kernel arranges a checkpoint, and is not written: write `gemm`, "
-            "which engines (and OpenAWQ) arrange for their kernels when they load it"
+            "version='marlin' holds symmetric codes alone, and no engine reads it with zero points: write "
+            "`gemm`, which engines (and OpenAWQ) arrange for their kernels when they load it, or set "
+            "zero_point=False"
         )
     return layout
 

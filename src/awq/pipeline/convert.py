@@ -39,14 +39,11 @@ from awq.pipeline.writer import (
 
 # Layouts that `convert` writes. Plain weights are written by `export`, under the name fp16.
 TARGETS = (
-    *("gemm", "gemv", "gemv_fast", "llm_awq", "gptq", "gptq_v2", "compressed-tensors", "mlx", "codes"),
+    *("gemm", "gemv", "gemv_fast", "llm_awq", "marlin"),
+    *("gptq", "gptq_v2", "compressed-tensors", "mlx", "codes"),
 )
 # Layouts that are only read, and why.
-_READ_ONLY = {
-    "marlin": "no engine reads it from disk: those with Marlin kernels arrange `gemm` for them as they load, "
-    "zero points included, and AutoAWQ's own layout had no place for zero points",
-    "exllama": "on disk it is `gemm`",
-}
+_READ_ONLY = {"exllama": "on disk it is `gemm`"}
 _AWQ_LAYOUTS = ("gemm", "gemv", "gemv_fast", "llm_awq", "marlin")
 Told = Callable[[int, int], None]
 
