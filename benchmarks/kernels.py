@@ -2,7 +2,8 @@
 
 All candidates take turns within each round, so that a machine that speeds up or slows down does so for all of
 them. Each has copies of its weight that together are larger than the caches, and uses another one each time:
-as in a model, the weight comes from memory.
+as in a model, the weight comes from memory. With one thread, time is the processor's: what other programs
+take away does not count (but for the copying, which is therefore too slow on a busy machine).
 
 The roofline is the speed at which either the memory or the arithmetic is the limit: the smallest of the
 weights and the activations at the speed of copying large tensors here (on a processor, reading alone can be
@@ -114,12 +115,19 @@ def candidates(options: argparse.Namespace) -> tuple[list[Candidate], dict[str, 
         if reason:
             refused[name] = reason
             continue
-        state = kernel.prepare(weight.to(options.device), dtype)
-        found.append(_rotating(name, kernel.forward, state, options))
+
+        def prepared(kernel: Any = kernel) -> Any:
+            parts = (part.clone() for part in (weight.codes, weight.scales, weight.zeros))
+            return kernel.prepare(QuantizedWeight(*parts).to(options.device), dtype)
+
+        found.append(_rotating(name, kernel.forward, prepared, options))
     values = weight.dequantize()
     kinds = [torch.bfloat16, torch.float32] if spec.device == "cpu" else [dtype]
     for kind in kinds:
-        dense = (values.to(options.device, kind),)
+
+        def dense(kind: torch.dtype = kind) -> tuple[Tensor]:
+            return (values.to(options.device, kind, copy=True),)
+
         found.append(_rotating(f"dense {str(kind).removeprefix('torch.')}", _dense, dense, options))
     return found, refused
 
@@ -153,14 +161,14 @@ def _dense(inputs: Tensor, state: tuple[Tensor]) -> Tensor:
     return F.linear(inputs.to(state[0].dtype), state[0])
 
 
-def _rotating(name: str, forward: Any, state: Any, options: argparse.Namespace) -> Candidate:
+def _rotating(name: str, forward: Any, make: Any, options: argparse.Namespace) -> Candidate:
     """A candidate that uses another copy of its weight each time."""
+    state = make()
     tensors = [part for part in state if isinstance(part, Tensor)]
     size = sum(part.numel() * part.element_size() for part in tensors)
     copies = [state]
     while len(copies) * size < options.cold << 20:
-        made = (part.clone() if isinstance(part, Tensor) else part for part in state)
-        copies.append(type(state)(*made) if hasattr(state, "_fields") else tuple(made))
+        copies.append(make())
     turn = [0]
 
     def run(inputs: Tensor) -> Tensor:
@@ -220,9 +228,10 @@ def _quartiles(times: list[float]) -> tuple[float, float, float]:
 
 
 def _cpu_seconds(run: Callable[[Tensor], Tensor], inputs: Tensor) -> float:
-    started = time.perf_counter()
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    started = clock()
     run(inputs)
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def _gpu_seconds(run: Callable[[Tensor], Tensor], inputs: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,29 @@ def test_it_measures_a_model_beside_another_at_each_size(awq: Any, original: Pat
         assert row["read_speed"] == pytest.approx(row["read"] * row["decode_speed"]["median"] / row["batch"])
     assert rows[1]["weights"] < rows[0]["weights"]
     assert done.json["copy_bandwidth"] > 0
-    assert "tok/s" in done.err
+    ratio = rows[1]["decode_speed"]["median"] / rows[0]["decode_speed"]["median"]
+    assert f"{ratio:.2f}x" in done.err
+    for speed in (rows[3]["prefill_speed"], rows[3]["decode_speed"]):
+        low, high = (f"{n:.1f}" if n < 100 else f"{n:.0f}" for n in (speed["low"], speed["high"]))
+        assert f"{low}-{high}" in done.err
     assert "left out, because the context ends at 128: prompts of 999" in done.err
+
+
+def test_what_was_measured_before_an_interruption_is_in_the_file(
+    awq: Any, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from awq.evaluate import throughput
+
+    def until_the_second(models: Any, batch: int, *sizes: int) -> Any:
+        if batch == 2:
+            raise MemoryError
+        return throughput(models, batch, *sizes)
+
+    monkeypatch.setattr("awq.evaluate.throughput", until_the_second)
+    file = tmp_path / "figures.json"
+    with pytest.raises(MemoryError):
+        awq("bench", quantized, "--batch", "1,2", "--prefill", 8, *QUICK, "--json", file)
+    assert [row["batch"] for row in json.loads(file.read_text())["rows"]] == [1]
 
 
 def test_a_kernel_can_be_insisted_on(awq: Any, quantized: Path) -> None:

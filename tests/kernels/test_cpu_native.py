@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from awq.errors import KernelError
-from awq.kernels import LayerSpec, choose, native
-from awq.kernels.cpu_native import CpuNative, CpuW4A8, _multiply, _prepare
+from awq.kernels import LayerSpec, choose, cpu_native, native
+from awq.kernels.cpu_native import CpuNative, CpuW4A8, _multiply, _prepare, memory
 from awq.nn import QuantLinear
 from awq.weight import QuantizedWeight
 
@@ -278,3 +280,59 @@ def test_a_compiled_layer_gives_the_values_of_a_plain_one_and_gradients_too() ->
     out.sum().backward()
     assert inputs.grad is not None
     torch.testing.assert_close(inputs.grad, layer.dequantize().sum(0).expand(5, -1))
+
+
+@pytest.mark.parametrize("size", [100, (2 << 20) - 1, 2 << 20, (5 << 20) + 4096])
+def test_memory_for_codes_starts_where_a_large_page_does_and_ends_with_them(size: int) -> None:
+    taken = memory(size)
+    assert taken.shape == (size,)
+    assert taken.dtype == torch.uint8
+    taken.fill_(7)
+    if sys.platform == "linux" and size >= 2 << 20:
+        assert taken.data_ptr() % (2 << 20) == 0
+        assert large_pages(taken.data_ptr()) in (0, size >> 21 << 21)  # none where the system has none
+
+
+def large_pages(address: int) -> int:
+    """Bytes in large pages of the mapping that starts at an address."""
+    text = Path("/proc/self/smaps").read_text().split(f"{address:x}-", 1)
+    line = next(line for line in text[1].splitlines() if line.startswith("AnonHugePages")) if text[1:] else ""
+    return int(line.split()[1]) << 10 if line else 0
+
+
+@pytest.mark.parametrize("lacking", ["mappings", "large pages", "room for one more"])
+def test_memory_for_codes_is_had_without_large_pages_too(
+    lacking: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError
+
+    if lacking == "mappings":
+        monkeypatch.setattr(cpu_native.mmap, "mmap", refuse)
+    elif lacking == "large pages":
+        monkeypatch.delattr(cpu_native.mmap, "MADV_HUGEPAGE", raising=False)
+    else:
+        monkeypatch.setattr(cpu_native, "_MOST_HUGE", 0)
+    assert memory(3 << 20).fill_(7).sum() == 7 * (3 << 20)
+
+
+def test_large_layers_multiply_right_and_give_their_memory_back() -> None:
+    weight, inputs = random_weight(2048, 2080, 32), inputs_for(3, 2080, torch.float32)
+    state = KERNEL.prepare(weight, torch.float32)
+    assert relative(KERNEL.forward(inputs, state), exact(weight, inputs)) < 1e-6
+    assert torch.equal(KERNEL.codes(state), weight.codes)
+    del state
+    gc.collect()
+    before = resident()
+    for _ in range(20):
+        memory(8 << 20).fill_(1)
+    assert resident() < before + (32 << 20)
+
+
+def resident() -> int:
+    """Bytes of this process in memory, on Linux."""
+    try:
+        text = Path("/proc/self/statm").read_text()
+    except OSError:
+        pytest.skip("only Linux tells")
+    return int(text.split()[1]) * 4096

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -41,19 +42,25 @@ def command(
     if not sizes:
         raise ConfigError(f"no prompt of --prefill and {decode + 1} tokens fit the model's context of {room}")
     bandwidth = copy_bandwidth(str(next(iter(loaded.values())).device))
-    rows = []
-    for sequences, tokens in sizes:
-        found = throughput(loaded, sequences, tokens, decode, repeats)
-        rows += [{"model": name} | dataclasses.asdict(each) for name, each in found.items()]
+    rows: list[dict[str, Any]] = []
+    figures = {"copy_bandwidth": bandwidth, "dtypes": _dtypes(loaded), "rows": rows}
+    with out.status("measuring") as status:
+        for number, (sequences, tokens) in enumerate(sizes):
+            status.update(f"measuring batch {sequences}, prompts of {tokens}: {number + 1} of {len(sizes)}")
+            found = throughput(loaded, sequences, tokens, decode, repeats)
+            rows += [{"model": name} | dataclasses.asdict(each) for name, each in found.items()]
+            if json != "-":  # what has been measured is kept, whatever happens to the rest
+                write_json(figures, json)
     out.print(_table(rows, bandwidth, loaded))
     left = sorted(set(prompts) - {p for _, p in sizes})
     if left:
         out.print(f"left out, because the context ends at {room}: prompts of {', '.join(map(str, left))}")
     out.print(
-        f"Median of {repeats} rounds (lowest to highest), random tokens, greedy `generate`. Copying large "
-        f"tensors reaches {bandwidth / 1e9:.1f} GB/s here; `weights read` is a share of that."
+        f"Median, lowest and highest of {repeats} rounds, random tokens, {decode} of them decoded by greedy "
+        f"`generate`. Copying large tensors reaches {bandwidth / 1e9:.1f} GB/s here; `weights read` is a "
+        "share of that. `memory` is the weights, below it, and what was taken on top."
     )
-    write_json({"copy_bandwidth": bandwidth, "dtypes": _dtypes(loaded), "rows": rows}, json)
+    write_json(figures, json)
 
 
 def _numbers(option: str, words: str) -> list[int]:
@@ -77,25 +84,36 @@ def _dtypes(loaded: dict[str, Any]) -> dict[str, str]:
 
 
 def _table(rows: list[dict[str, Any]], bandwidth: float, loaded: dict[str, Any]) -> Table:
-    device = next(iter(loaded.values())).device
-    table = Table(title=f"on {device}: {', '.join(f'{k} in {v}' for k, v in _dtypes(loaded).items())}")
-    for column in ("batch", "prompt", "model", "first token", "prefill", "decode", "weights read", "memory"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    device, names = next(iter(loaded.values())).device, _short(list(loaded))
+    table = Table(title=f"on {device}: {', '.join(f'{names[k]} in {v}' for k, v in _dtypes(loaded).items())}")
+    for column in ("batch x\nprompt", "model", "first\ntoken", "prefill\ntokens/s", "decode\ntokens/s"):
+        table.add_column(column, justify="left" if column == "model" else "right", overflow="fold")
+    for column in ("weights\nread", "memory\nweights"):
+        table.add_column(column, justify="right")
+    base: dict[str, Any] = {}
     for row in rows:
+        if row["model"] == next(iter(loaded)):
+            base = row
         share = "-" if row["read_speed"] is None else f"{row['read_speed'] / bandwidth:.0%}"
-        peak = "-" if row["peak"] is None else size(row["peak"])
         table.add_row(
-            str(row["batch"]),
-            str(row["prefill"]),
-            row["model"],
+            f"{row['batch']} x {row['prefill']}",
+            names[row["model"]],
             f"{row['first_token']['median'] * 1e3:.0f} ms",
-            _spread(row["prefill_speed"]),
-            _spread(row["decode_speed"]),
+            *(_spread(row[speed], base[speed]) for speed in ("prefill_speed", "decode_speed")),
             share,
-            f"{peak}, weights {size(row['weights'])}",
+            f"{'-' if row['peak'] is None else size(row['peak'])}\n{size(row['weights'])}",
         )
     return table
 
 
-def _spread(speed: dict[str, float]) -> str:
-    return f"{speed['median']:.1f} tok/s ({speed['low']:.1f}-{speed['high']:.1f})"
+def _short(names: list[str]) -> dict[str, str]:
+    """The last part of each path, where that tells them apart."""
+    last = {name: Path(name).name or name for name in names}
+    return last if len(set(last.values())) == len(names) else {name: name for name in names}
+
+
+def _spread(speed: dict[str, float], base: dict[str, float]) -> str:
+    """Median, lowest and highest; and how many times another model's median."""
+    median, low, high = (f"{n:.1f}" if n < 100 else f"{n:.0f}" for n in speed.values())
+    told = f"{median}\n{low}-{high}"
+    return told if speed is base else f"{told}\n{speed['median'] / base['median']:.2f}x"
