@@ -112,7 +112,8 @@ class Bench:
         if run.error is None:
             try:
                 divergence = self.judged()
-                found |= {"bits": bits_per_weight(self.subject.folder, self.out), **found}
+                if "bits" not in found:  # a worker that leaves plain values says how wide its codes were
+                    found["bits"] = bits_per_weight(self.subject.folder, self.out)
                 found["divergence"] = dataclasses.asdict(divergence)
             except (AwqError, ValueError) as error:
                 run = dataclasses.replace(run, error=f"its checkpoint cannot be judged: {error}")
