@@ -92,7 +92,9 @@ def test_any_layer_and_any_number_of_rows_agree_with_the_dequantized_weight(
     # Where terms cancel, what is left of a single sum may be as small as its error.
     expected = exact(weight, inputs)
     terms = inputs.double().abs() @ weight.dequantize().double().abs().t()
-    assert float((got.double() - expected).abs().max()) < TOLERANCE[dtype] * float(terms.max())
+    off = float((got.double() - expected).abs().max())
+    # Rounding alone may take a single result half a unit of its last place away.
+    assert off < (TOLERANCE[dtype] + torch.finfo(dtype).eps / 2) * float(terms.max())
     assert rows * out < 64 or relative(got, expected) < TOLERANCE[dtype]
     assert torch.equal(KERNEL.codes(state), weight.codes)
     assert torch.equal(state.scales, weight.scales)
