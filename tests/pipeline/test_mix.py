@@ -145,6 +145,17 @@ def test_a_killed_run_keeps_its_choices_and_gives_the_same_bytes(model: Path, tm
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
 
 
+def test_the_report_has_the_seconds_that_choosing_took_apart_from_the_others(
+    model: Path, tmp_path: Path
+) -> None:
+    config = QuantConfig(format="mlx", target_bits=5.0, **QUICK)
+    seconds = quantize(model, tmp_path / "mixed", config, IDS).seconds
+    assert seconds["mix"] > 0
+    assert sum(value for stage, value in seconds.items() if stage != "total") <= seconds["total"]
+    plain = quantize(model, tmp_path / "plain", QuantConfig(format="mlx", **QUICK), IDS)
+    assert "mix" not in plain.seconds
+
+
 def test_a_budget_below_the_smallest_settings_is_refused_before_anything_is_written(
     model: Path, tmp_path: Path
 ) -> None:

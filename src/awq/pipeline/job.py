@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -93,13 +95,17 @@ class Job:
     plan: Plan
 
 
-def prepare(request: Request, unfinished: Journal | None) -> Job:
+def prepare(
+    request: Request, unfinished: Journal | None, choosing: Callable[[], AbstractContextManager[None]]
+) -> Job:
     """Plan a run.
 
     Args:
         request: what is asked.
         unfinished: the journal of the run that is continued. Its batches and threads are taken over: both
             decide how sums are rounded, and so the bytes.
+        choosing: entered around a pass over all blocks that measures what to spend a budget on, if one is
+            needed.
 
     Raises:
         AwqError: nothing in the model can be quantized as asked.
@@ -115,7 +121,7 @@ def prepare(request: Request, unfinished: Journal | None) -> Job:
     kinds, kind_of_block = discover(skeleton, list_name, blocks, feed, config, device, request.overrides)
     require_layers(kind_of_block, config, blocks)
     notes = require_scales(kind_of_block, config)
-    mix = _mix(request, list_name, kind_of_block, unfinished, tokens)
+    mix = _mix(request, list_name, kind_of_block, unfinished, tokens, choosing)
     plans = [narrowed(kind, held) for kind, held in zip(kind_of_block, mix.blocks, strict=True)]
     quantized = {
         skeleton.keys[f"{list_name}.{i}.{name}.weight"]: (linears[name], setting)
@@ -151,7 +157,12 @@ def prepare(request: Request, unfinished: Journal | None) -> Job:
 
 
 def _mix(
-    request: Request, list_name: str, kinds: list[KindPlan], unfinished: Journal | None, batch_tokens: int
+    request: Request,
+    list_name: str,
+    kinds: list[KindPlan],
+    unfinished: Journal | None,
+    batch_tokens: int,
+    choosing: Callable[[], AbstractContextManager[None]],
 ) -> Mix:
     """What each layer is quantized to: under a budget, by a pass of its own over all blocks."""
     config, skeleton, device = request.config, request.skeleton, request.device
@@ -159,11 +170,13 @@ def _mix(
         return Mix([dict.fromkeys(kind.layers, config.setting) for kind in kinds], float(config.bits))
     if unfinished is not None and unfinished.mix is not None:
         return Mix.from_dict(unfinished.mix)
-    while True:
-        feed = Feed(skeleton, list_name, request.calibration.samples, batch_tokens, device)
-        try:
-            return choose(measure_model(skeleton, list_name, kinds, feed, config, device), config.target_bits)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            feed.smaller()
-            batch_tokens = feed.batch_tokens
+    with choosing():
+        while True:
+            feed = Feed(skeleton, list_name, request.calibration.samples, batch_tokens, device)
+            try:
+                units = measure_model(skeleton, list_name, kinds, feed, config, device)
+                return choose(units, config.target_bits)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                feed.smaller()
+                batch_tokens = feed.batch_tokens

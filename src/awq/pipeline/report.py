@@ -107,9 +107,10 @@ class Verdict:
 class Report:
     """A finished run.
 
-    `seconds` has `total`, `prepare` (opening, calibration text, preflight), `forward` (statistics), `search`
-    (scales, ranges, codes, and judging them), `write`, and `verify` (comparing what is saved with the
-    original). `verdict` is None where that was not asked for.
+    `seconds` has `total`, `prepare` (opening, calibration text, preflight), `mix` (measuring what a budget is
+    best spent on, where there is one), `forward` (statistics), `search` (scales, ranges, codes, and judging
+    them), `write`, and `verify` (comparing what is saved with the original). `verdict` is None where that was
+    not asked for.
     """
 
     plan: Plan

@@ -147,14 +147,12 @@ class _Run:
         """Plan, work through the blocks, and judge what is saved on a text, if one is given."""
         settings = request.settings()
         unfinished = check_output(self.out, settings, overwrite)
-        if self.config.target_bits is not None and (unfinished is None or unfinished.mix is None):
-            self.progress.note(f"measuring what {self.config.target_bits} bits of a weight are best spent on")
-        job = prepare(request, unfinished)
+        job = prepare(request, unfinished, self._choosing)
         check_disk(self.out, job.plan.disk_bytes - taken(self.out))
         skeleton, feed = request.skeleton, job.feed
         with lock(self.out):
             journal = open_journal(self.out, settings, feed.batch_tokens, overwrite)
-            if self.config.target_bits is not None and journal.mix is None:
+            if job.plan.mix is not None and journal.mix is None:
                 journal.mix = job.mix.to_dict()
                 journal.save()
             writer = ShardWriter(journal.work, job.files.shards, journal.complete)
@@ -165,7 +163,8 @@ class _Run:
                 states, state = journal.behind()
                 feed.put(states)
                 feed.restore(state)
-            self.seconds["prepare"] = time.perf_counter() - self.started
+            spent = self.seconds.get("mix", 0.0)
+            self.seconds["prepare"] = time.perf_counter() - self.started - spent
             with matmul_precision("high" if self.device.type == "cuda" else "highest"):
                 for index in range(len(journal.blocks), len(job.blocks)):
                     self._block(skeleton, job, index, writer, journal)
@@ -303,6 +302,13 @@ class _Run:
     ) -> dict[str, Codes]:
         bits = {name: setting.bits for name, setting in settings.items()}
         return tune(block, codes, batches, targets, self.config.tune, bits, self.device, judge)
+
+    @contextmanager
+    def _choosing(self) -> Iterator[None]:
+        """Around the pass that measures what the layers are quantized to."""
+        self.progress.note(f"measuring what {self.config.target_bits} bits of a weight are best spent on")
+        with self._timed("mix"):
+            yield
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
