@@ -139,10 +139,19 @@ def weighted_by_gradient(folder: Path, samples: Tensor) -> Iterator[None]:
     weights = gradients(folder, samples)
     seen = iter(range(len(weights)))
 
-    def measured(block: nn.Module, structure: Any, layers: Any, batches: Any, *more: Any) -> observe.Seen:
-        plain = measure(block, structure, layers, batches, *more)
+    def measured(
+        block: nn.Module,
+        structure: Any,
+        layers: Any,
+        batches: Any,
+        device: torch.device,
+        group_size: int,
+    ) -> observe.Seen:
+        plain = measure(block, structure, layers, batches, device, group_size)
         squares, place = weights[next(seen)], 0
-        sums = {first: GramAccumulator(item.in_features) for first, item in plain.stats.items()}
+        sums = {
+            first: GramAccumulator(item.in_features, device=device) for first, item in plain.stats.items()
+        }
         for batch in batches:
             rows = slice(place, place + len(batch.hidden))
             place = rows.stop
@@ -150,10 +159,10 @@ def weighted_by_gradient(folder: Path, samples: Tensor) -> Iterator[None]:
             def note(name: str, inputs: Tensor, rows: slice = rows) -> None:
                 if name in sums:
                     weight = sum(squares[each][rows] for each in structure.inputs[name])
-                    sums[name].add(inputs * weight.sqrt().unsqueeze(-1))
+                    sums[name].add(inputs * weight.sqrt().unsqueeze(-1).to(inputs.device))
 
             with watch_inputs(block, note):
-                batch.run(block, torch.device("cpu"))
+                batch.run(block, device)
         stats = {
             first: dataclasses.replace(plain.stats[first], gram=total.finish().gram)
             for first, total in sums.items()
