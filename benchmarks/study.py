@@ -97,7 +97,7 @@ def measured(
             config,
             rows,
             samples=len(rows),
-            seq_len=subject.window,
+            seq_len=samples.shape[1],
             verify=False,
         )
         model = AutoModelForCausalLM.from_pretrained(Path(folder) / "out", dtype=torch.float32).eval()
