@@ -12,12 +12,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from awq.model.layers import watch_inputs
 from awq.pipeline import block as blocks
-from awq.pipeline import observe, run
-from awq.search import Codes, GramAccumulator, InputStats, clip, rounding, scale
+from awq.pipeline import run
+from awq.search import Codes, InputStats, clip, rounding, scale
+from study_ingredients import bias_corrected, by_exact_outputs, weighted_by_gradient
 
 # `awq.search` has a function of that name.
 refining = import_module("awq.search.refine")
@@ -129,79 +129,6 @@ def estimated(
     return refining._refitted(weight, stats, codes)
 
 
-@contextmanager
-def weighted_by_gradient(folder: Path, samples: Tensor) -> Iterator[None]:
-    """Each token counts in a Gram matrix as much as the model's loss depends on the layers that read it.
-
-    The weight is the squared gradient, with respect to the layers' outputs, of the log-likelihood of a token
-    drawn from the model's own prediction. This takes a backward pass through the whole model.
-    """
-    weights = gradients(folder, samples)
-    seen = iter(range(len(weights)))
-
-    def measured(
-        block: nn.Module,
-        structure: Any,
-        layers: Any,
-        batches: Any,
-        device: torch.device,
-        group_size: int,
-    ) -> observe.Seen:
-        plain = measure(block, structure, layers, batches, device, group_size)
-        squares, place = weights[next(seen)], 0
-        sums = {
-            first: GramAccumulator(item.in_features, device=device) for first, item in plain.stats.items()
-        }
-        for batch in batches:
-            rows = slice(place, place + len(batch.hidden))
-            place = rows.stop
-
-            def note(name: str, inputs: Tensor, rows: slice = rows) -> None:
-                if name in sums:
-                    weight = sum(squares[each][rows] for each in structure.inputs[name])
-                    sums[name].add(inputs * weight.sqrt().unsqueeze(-1).to(inputs.device))
-
-            with watch_inputs(block, note):
-                batch.run(block, device)
-        stats = {
-            first: dataclasses.replace(plain.stats[first], gram=total.finish().gram)
-            for first, total in sums.items()
-        }
-        return dataclasses.replace(plain, stats=stats)
-
-    with patch.object(run, "measure", measured):
-        yield
-
-
-measure = run.measure
-
-
-@torch.enable_grad()
-def gradients(folder: Path, samples: Tensor) -> list[dict[str, Tensor]]:
-    """For each block and linear layer the squared gradients of each token, `[samples, tokens]`, mean 1."""
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    found: list[dict[str, list[Tensor]]] = [{} for _ in model.model.layers]
-
-    def keep(module: nn.Module, into: Any, out: Any, where: list[Tensor]) -> None:
-        where.append(out[0].square().mean(-1))
-
-    for block, places in zip(model.model.layers, found, strict=True):
-        for name, layer in block.named_modules():
-            if isinstance(layer, nn.Linear):
-                hook = partial(keep, where=places.setdefault(name, []))
-                layer.register_full_backward_hook(hook)
-    generator = torch.Generator().manual_seed(0)
-    for part in samples.split(8):
-        logs = model(part).logits.log_softmax(-1)
-        drawn = torch.multinomial(logs.detach().exp().flatten(0, 1), 1, generator=generator)
-        logs.flatten(0, 1).gather(1, drawn).sum().backward()
-        model.zero_grad()
-    whole = [{name: torch.cat(parts) for name, parts in places.items()} for places in found]
-    return [{name: each / each.mean() for name, each in places.items()} for places in whole]
-
-
 _NO_SCALES: dict[str, Any] = {"scale_steps": 1, "duo_scaling": False}
 _SYMMETRIC = replaced(clip, "_OFFSETS", ())
 _DUO = replaced(scale, "_coarse_to_fine", only_duo)
@@ -215,8 +142,10 @@ def _ordered(order: Callable[[Tensor], Tensor]) -> tuple[Patch, ...]:
 
 VARIANTS: dict[str, Variant] = {
     "plain rounding": Variant({"method": "rtn"}),
+    "plain rounding, biases corrected": Variant({"method": "rtn"}, (bias_corrected,)),
     "scales alone": Variant({"clip": False, "rounding": "nearest"}),
     "scales alone, duo grid": Variant({"clip": False, "rounding": "nearest"}, (_DUO,)),
+    "scales alone, exact outputs": Variant({"clip": False, "rounding": "nearest"}, (by_exact_outputs,)),
     "scales alone, plain grid": Variant({"clip": False, "rounding": "nearest", "duo_scaling": False}),
     "ranges alone": Variant({**_NO_SCALES, "rounding": "nearest"}),
     "ranges alone, symmetric": Variant({**_NO_SCALES, "rounding": "nearest"}, (_SYMMETRIC,)),
@@ -225,7 +154,11 @@ VARIANTS: dict[str, Variant] = {
     "AutoAWQ's scales and ranges, by Gram matrices": Variant(
         {"rounding": "nearest"}, (_DUO, _SYMMETRIC, _UNTIED)
     ),
+    "AutoAWQ's scales and ranges, by exact outputs": Variant(
+        {"rounding": "nearest"}, (_DUO, _SYMMETRIC, _UNTIED, by_exact_outputs)
+    ),
     "scales and ranges (preset fast)": Variant({"rounding": "nearest"}),
+    "scales and ranges, exact outputs": Variant({"rounding": "nearest"}, (by_exact_outputs,)),
     "scales, ranges, scale estimation": Variant(
         {"rounding": "gptq", "refine": 2}, (_UNCOMPENSATED, replaced(blocks, "refine", estimated))
     ),
@@ -246,6 +179,8 @@ VARIANTS: dict[str, Variant] = {
     "every exponent of the grid": Variant({}, (replaced(scale, "_coarse_to_fine", whole_grid),)),
     "twice as fine a grid": Variant({"scale_steps": 40}),
     "exponents for each group": Variant({}, (replaced(blocks, "search_scale", group_exponents),)),
+    "all, exact outputs": Variant({}, (by_exact_outputs,)),
+    "all, biases corrected": Variant({}, (bias_corrected,)),
     "tokens weighted by gradient": Variant({}, (weighted_by_gradient,)),
     "tuning, 160 steps (preset best)": Variant({"refine": 4, "tune": 160}),
     "tuning, 400 steps": Variant({"refine": 4, "tune": 400}),
