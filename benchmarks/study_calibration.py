@@ -2,7 +2,8 @@
 
 Every row quantizes the same model with a preset, from other tokens, and is judged on the same held-out texts.
 Samples are windows of the whole text, across its documents; a row's choices of samples have none in common,
-and are fewer where the text has no room for more. `docs/research/accuracy.md` keeps what was measured.
+and are fewer, or none, where the text has no room for more.
+`docs/research/accuracy.md` keeps what was measured.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ def main() -> None:
     for item, (subject, settings) in zip(sources(options), subjects(options, options.settings), strict=True):
         original, texts = subject.float_model(), texts_of(subject, options)
         tokenizer = AutoTokenizer.from_pretrained(subject.folder)
+        tokens = {name: all_of(path, tokenizer) for name, path in item.items()}
         for bits, group_size in settings:
             for preset in options.presets.split(","):
                 title = f"{subject.name} W{bits} g{group_size} {preset}"
@@ -80,8 +82,11 @@ def main() -> None:
                         measured(
                             subject, original, texts, samples, bits, group_size, Variant(PRESETS[preset])
                         )
-                        for samples in choices(row, item, tokenizer, options.choices)
+                        for samples in choices(row, tokens, options.choices)
                     ]
+                    if not runs:
+                        console.print(f"{title} {row.name}: the text is too short", style="dim")
+                        continue
                     each = " ".join(f"{run.texts['own text'].kl:.5f}" for run in runs)
                     table.append([row.name, *cells(runs), each])
                     figures.setdefault(title, {})[row.name] = [dataclasses.asdict(run) for run in runs]
@@ -111,17 +116,19 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
         yield Row(mix, options.used, options.seq_len)
 
 
-def choices(row: Row, paths: dict[str, str], tokenizer: Any, wanted: int) -> list[Tensor]:
+def all_of(path: str, tokenizer: Any) -> Tensor:
+    """The tokens of a text, document behind document."""
+    return torch.cat(load_calibration(path, tokenizer, samples=_ALL, seq_len=_ALL).samples)
+
+
+def choices(row: Row, tokens: dict[str, Tensor], wanted: int) -> list[Tensor]:
     """Choices of samples with no window in common, each from everywhere in its texts: `[samples, tokens]`."""
     bounds = [row.count * number // len(row.texts) for number in range(len(row.texts) + 1)]
     parts: list[list[Tensor]] = []
     for name, (begin, end) in zip(row.texts, pairwise(bounds), strict=True):
-        ids = torch.cat(load_calibration(paths[name], tokenizer, samples=_ALL, seq_len=_ALL).samples)
+        ids, share = tokens[name], end - begin
         whole = ids[: len(ids) // row.length * row.length].view(-1, row.length)
-        share = end - begin
         fit = min(wanted, len(whole) // share)
-        if not fit:
-            raise SystemExit(f"{paths[name]} has {len(whole)} windows of {row.length} tokens, not {share}")
         places = torch.arange(share * fit) * len(whole) // (share * fit)
         parts.append([whole[places[start::fit]] for start in range(fit)])
     return [torch.cat(each) for each in zip(*parts, strict=False)]

@@ -6,9 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 
 import pytest
+
+from awq.calibration.sources import bundled_text
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -45,6 +48,47 @@ def test_fused_decoding_is_measured_beside_layers_apart(tmp_path: Path) -> None:
         ("apart", "merged", "static 64"), 2
     )
     assert all(speed > 0 for speeds in found.values() for speed in speeds)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> list[str]:
+    """Options of the studies that make their work small: the bundled model, with a text of a few pages."""
+    text = tmp_path / "text.txt"
+    text.write_text(bundled_text("evaluation")[:20_000])
+    model = resources.files("awq").joinpath("data/books6m")
+    options = ["--without-bundled", "--model", f"{model}:{text}:{text}", "--windows", "2"]
+    return [*options, "--seq-len", "32", "--json", str(tmp_path / "figures.json")]
+
+
+@pytest.mark.slow
+def test_the_study_puts_its_ingredients_in_place(small: list[str], tmp_path: Path) -> None:
+    names = ["plain rounding", "plain rounding, biases corrected", "scales alone"]
+    names += ["scales alone, exact outputs"]
+    command = [sys.executable, str(BENCHMARKS / "study.py"), "--variants", ";".join(names), *small]
+    done = subprocess.run([*command, "--samples", "2", "--used", "2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (found,) = (runs for title, runs in json.loads(Path(small[-1]).read_text()).items() if "W4" in title)
+    assert list(found) == names
+    kl = {name: [run["texts"]["own text"]["kl"] for run in runs] for name, runs in found.items()}
+    assert all(len(each) == 1 and min(each) > 0 for each in kl.values())
+    # One that was never reached would change nothing.
+    assert len({tuple(each) for each in kl.values()}) == len(names)
+
+
+@pytest.mark.slow
+def test_the_study_of_calibration_takes_what_its_rows_say(small: list[str], tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(bundled_text("calibration")[:20_000])
+    command = [sys.executable, str(BENCHMARKS / "study_calibration.py"), "--calib", f"other:{other}", *small]
+    command += ["--shapes", "9999x32", "--used", "4", "--presets", "fast"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (found,) = (rows for title, rows in json.loads(Path(small[-1]).read_text()).items() if "fast" in title)
+    rows = ["4 x 32, own", "4 x 32, other", "4 x 32, own + other"]
+    assert list(found) == rows
+    kl = [run["texts"]["own text"]["kl"] for runs in found.values() for run in runs]
+    assert len(set(kl)) == 2 * len(rows)
+    assert "9999 x 32, own: the text is too short" in done.stdout
 
 
 @pytest.mark.slow
