@@ -159,6 +159,7 @@ VARIANTS: dict[str, Variant] = {
     ),
     "scales and ranges (preset fast)": Variant({"rounding": "nearest"}),
     "scales and ranges, exact outputs": Variant({"rounding": "nearest"}, (by_exact_outputs,)),
+    "scales and ranges, biases corrected": Variant({"rounding": "nearest"}, (bias_corrected,)),
     "scales, ranges, scale estimation": Variant(
         {"rounding": "gptq", "refine": 2}, (_UNCOMPENSATED, replaced(blocks, "refine", estimated))
     ),
