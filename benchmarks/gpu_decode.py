@@ -27,21 +27,28 @@ _CHECKED = 16
 
 
 @torch.no_grad()
-def decode(blocks: int) -> dict[str, Any]:
-    """Tokens per second at batch 1, what was compared on the way, and where the time of a token goes."""
+def decode(blocks: int, dense: bool = True) -> dict[str, Any]:
+    """Tokens per second at batch 1, what was compared on the way, and where the time of a token goes.
+
+    Args:
+        dense: measure the bfloat16 model too, for which the most is compiled.
+    """
     ids = torch.randint(0, 32000, (1, PROMPT), device="cuda")
     found: dict[str, Any] = {"tokens/s": {}, "notes": {}, "profiles": {}, "blocks": blocks}
     model = _llama(blocks)
     for name, change in (("bfloat16", None), ("4 bits", _quantize), ("4 bits, merged", _fuse)):
         if change is not None:
             change(model)
+        elif not dense:
+            continue
         found["notes"][f"GB of weights, {name}"] = round(_bytes(model) / 1e9, 2)
         found["tokens/s"][f"{name}, generate()"] = _generate(model, ids)
         _capture(model, ids, name, False, found)
     _compile(model, ids, name, found)
     del model
     torch.cuda.empty_cache()
-    _compile(_llama(blocks), ids, "bfloat16", found)
+    if dense:
+        _compile(_llama(blocks), ids, "bfloat16", found)
     return found
 
 
