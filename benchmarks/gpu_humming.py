@@ -59,7 +59,7 @@ def compile_all(cases: list[tuple[int, int, int, int, torch.dtype]]) -> float:
 def check() -> dict[str, Any]:
     """Largest relative error to the float64 product, by dtype, and whether the same bits come twice.
 
-    The very codes, scales and zero points must come back, and a replayed graph must give the same.
+    The very codes, scales and zero points must come back. A replayed graph must agree within the tolerance.
     """
     kernel, worst, same, cases = Humming(), {str(dtype): 0.0 for dtype in TOLERANCES}, True, []
     for ((out, columns), groups, all_rows), dtype in itertools.product(CHECKED, TOLERANCES):
@@ -82,10 +82,10 @@ def check() -> dict[str, Any]:
                 assert error < TOLERANCES[dtype], f"{name}, {rows} rows: {error:.2e}"
                 worst[str(dtype)] = max(worst[str(dtype)], error)
                 same = same and torch.equal(got, kernel.forward(inputs, state))
-    check_graph(kernel)
     return {
         "largest relative error": worst,
         "same bits twice": same,
+        "largest relative difference of a replayed graph": check_graph(kernel, TOLERANCES[torch.bfloat16]),
         "programs compiled": len(cases),
         "seconds to compile": seconds,
     }
