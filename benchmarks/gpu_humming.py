@@ -44,7 +44,7 @@ CHECKED = (
     ((4096, 4096), (128,), (1, 8, 16, 64, 128, 300, 1500)),
 )
 # Our products round once, the result. Humming rounds scales and weights to the dtype of the activations as
-# well: three errors of a size, which do not know of one another.
+# well, or the sums that programs share: errors of a size, which do not know of one another.
 TOLERANCES = {dtype: math.sqrt(3) * OURS[dtype] for dtype in (torch.float16, torch.bfloat16)}
 
 
