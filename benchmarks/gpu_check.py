@@ -62,9 +62,13 @@ def check(kernel: Kernel) -> dict[str, Any]:
     return {"cases": cases, "largest relative error": worst}
 
 
-def check_graph(kernel: Kernel) -> None:
-    """A replayed graph gives the very bits of a product outside of one."""
-    weight = random_weight(4096, 4096, 128)
+def check_graph(kernel: Kernel, tolerance: float = 0.0) -> float:
+    """The largest relative difference between a replayed graph's bfloat16 product and one outside of it.
+
+    Args:
+        tolerance: what it may be; by default the very bits must come.
+    """
+    weight, worst = random_weight(4096, 4096, 128), 0.0
     state = kernel.prepare(weight, torch.bfloat16)
     for rows in (1, 16, 64, 600):
         inputs = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16)
@@ -75,7 +79,11 @@ def check_graph(kernel: Kernel) -> None:
         for _ in range(3):
             inputs.copy_(torch.randn_like(inputs))
             graph.replay()
-            assert torch.equal(out, kernel.forward(inputs, state)), f"a replayed graph differs: {rows} rows"
+            plain = kernel.forward(inputs, state).double()
+            difference = float((out.double() - plain).norm() / plain.norm())
+            assert difference <= tolerance, f"a replayed graph is {difference:.1e} off: {rows} rows"
+            worst = max(worst, difference)
+    return worst
 
 
 @torch.no_grad()

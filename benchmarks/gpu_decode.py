@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from transformers import CompileConfig
 
 from awq.hf.fuse import fuse
+from awq.hf.static import how_to_compile
 from awq.nn import QuantLinear
 from awq.search.rounding import full_range, nearest
 from awq.weight import QuantizedWeight
@@ -25,21 +27,28 @@ _CHECKED = 16
 
 
 @torch.no_grad()
-def decode(blocks: int) -> dict[str, Any]:
-    """Tokens per second at batch 1, what was compared on the way, and where the time of a token goes."""
+def decode(blocks: int, dense: bool = True) -> dict[str, Any]:
+    """Tokens per second at batch 1, what was compared on the way, and where the time of a token goes.
+
+    Args:
+        dense: measure the bfloat16 model too, for which the most is compiled.
+    """
     ids = torch.randint(0, 32000, (1, PROMPT), device="cuda")
     found: dict[str, Any] = {"tokens/s": {}, "notes": {}, "profiles": {}, "blocks": blocks}
     model = _llama(blocks)
     for name, change in (("bfloat16", None), ("4 bits", _quantize), ("4 bits, merged", _fuse)):
         if change is not None:
             change(model)
+        elif not dense:
+            continue
         found["notes"][f"GB of weights, {name}"] = round(_bytes(model) / 1e9, 2)
         found["tokens/s"][f"{name}, generate()"] = _generate(model, ids)
         _capture(model, ids, name, False, found)
     _compile(model, ids, name, found)
     del model
     torch.cuda.empty_cache()
-    _compile(_llama(blocks), ids, "bfloat16", found)
+    if dense:
+        _compile(_llama(blocks), ids, "bfloat16", found)
     return found
 
 
@@ -56,7 +65,8 @@ def _compile(model: Any, ids: Tensor, name: str, found: dict[str, Any]) -> None:
     _capture(model, ids, name, True, found)
     torch._dynamo.reset()
     started = time.perf_counter()
-    static = {"cache_implementation": "static", "max_cache_len": CACHE}
+    compiled = CompileConfig(mode=None, options=how_to_compile(model.device))
+    static = {"cache_implementation": "static", "max_cache_len": CACHE, "compile_config": compiled}
     found["tokens/s"][f"{name}, generate(), static cache"] = _generate(model, ids, **static)
     found["notes"][f"seconds of its first three runs, {name}"] = round(time.perf_counter() - started, 1)
     print(found["tokens/s"], flush=True)
@@ -118,8 +128,8 @@ def _generate(model: Any, ids: Tensor, **options: Any) -> float:
         model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            min_new_tokens=NEW,
             max_new_tokens=NEW,
+            eos_token_id=model.config.vocab_size,  # looked for as in any model, and never found
             do_sample=False,
             pad_token_id=0,
             **options,
@@ -140,9 +150,10 @@ class _Captured:
         self.token = torch.zeros(1, 1, dtype=torch.long, device="cuda")
         self.logits = torch.zeros(model.config.vocab_size, dtype=model.dtype, device="cuda")
         torch._dynamo.reset()
-        self.forward = (
-            torch.compile(self._forward, dynamic=False, fullgraph=True) if compiled else self._forward
-        )
+        self.forward = self._forward
+        if compiled:
+            options = how_to_compile(model.device) | {"triton.cudagraphs": False}  # the graph is made here
+            self.forward = torch.compile(self._forward, dynamic=False, fullgraph=True, options=options)
         self._start()
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):

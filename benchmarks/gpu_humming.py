@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import sys
 import tempfile
@@ -29,6 +30,7 @@ from awq.kernels import LayerSpec
 from awq.kernels.humming import Humming, program_for
 from awq.kernels.triton_int4 import TritonInt4
 from awq.pipeline import quantize
+from gpu_check import TOLERANCES as OURS
 from gpu_check import check_graph, random_weight
 from gpu_kernels import SHAPES, measure
 from gpu_timing import device_facts
@@ -41,8 +43,9 @@ CHECKED = (
     ((384, 320), (64, 0), (3, 64)),
     ((4096, 4096), (128,), (1, 8, 16, 64, 128, 300, 1500)),
 )
-# Humming rounds weights to the dtype of the activations, and their scales before that.
-TOLERANCES = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+# Our products round once, the result. Humming rounds scales and weights to the dtype of the activations as
+# well, or the sums that programs share: errors of a size, which do not know of one another.
+TOLERANCES = {dtype: math.sqrt(3) * OURS[dtype] for dtype in (torch.float16, torch.bfloat16)}
 
 
 def compile_all(cases: list[tuple[int, int, int, int, torch.dtype]]) -> float:
@@ -56,7 +59,7 @@ def compile_all(cases: list[tuple[int, int, int, int, torch.dtype]]) -> float:
 def check() -> dict[str, Any]:
     """Largest relative error to the float64 product, by dtype, and whether the same bits come twice.
 
-    The very codes, scales and zero points must come back, and a replayed graph must give the same.
+    The very codes, scales and zero points must come back. A replayed graph must agree within the tolerance.
     """
     kernel, worst, same, cases = Humming(), {str(dtype): 0.0 for dtype in TOLERANCES}, True, []
     for ((out, columns), groups, all_rows), dtype in itertools.product(CHECKED, TOLERANCES):
@@ -79,10 +82,10 @@ def check() -> dict[str, Any]:
                 assert error < TOLERANCES[dtype], f"{name}, {rows} rows: {error:.2e}"
                 worst[str(dtype)] = max(worst[str(dtype)], error)
                 same = same and torch.equal(got, kernel.forward(inputs, state))
-    check_graph(kernel)
     return {
         "largest relative error": worst,
         "same bits twice": same,
+        "largest relative difference of a replayed graph": check_graph(kernel, TOLERANCES[torch.bfloat16]),
         "programs compiled": len(cases),
         "seconds to compile": seconds,
     }

@@ -1,6 +1,6 @@
 """GPU kernels: checked against the oracle, timed beside cuBLAS in bfloat16, and used in a whole decode.
 
-    python benchmarks/gpu_kernels.py [--quick] [--sections check,layers,decode]
+    python benchmarks/gpu_kernels.py [--quick] [--sections check,accuracy,layers,decode]
 
 Weights are out of the cache when they are read, and times are those of a replayed CUDA graph. It takes a few
 minutes, most of it compiling. Writes `gpu_kernels-CARD.json` and a table, `gpu_kernels-CARD.md`.
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from awq.kernels import LayerSpec, choose, kernel_names, multiply
 from awq.kernels.registry import Kernel, kernel_named
+from gpu_accuracy import accuracy
 from gpu_check import check, check_merged, check_panels, random_weight
 from gpu_decode import decode
 from gpu_timing import copies_that_miss_the_cache, device_facts, graph_microseconds
@@ -124,6 +125,11 @@ def table(figures: dict[str, Any]) -> str:
         if name in figures:
             lines += ["", f"## {name.capitalize()}", ""]
             lines += [f"- {fact}: {value:.3g}" for fact, value in figures[name].items()]
+    if "accuracy" in figures:
+        lines += ["", "## The bundled model, quantized to 4 bits in groups of 128", ""]
+        for device, found in figures["accuracy"].items():
+            told = f"KL divergence {found['KL']:.6f}, standard error {found['standard error']:.6f}"
+            lines.append(f"- on {device}: {told}, {found['seconds']:.1f} s")
     if "decode" in figures:
         lines += _decode(figures["decode"])
     return "\n".join(lines).rstrip() + "\n"
@@ -141,7 +147,8 @@ def _decode(found: dict[str, Any]) -> list[str]:
             "",
             f"### {way}",
             "",
-            f"{launches:.0f} launches, {busy:.0f} us of them a token; most of it:",
+            f"{launches:.0f} launches, {busy:.0f} us of them a token, waiting for the launch ahead included "
+            "where one begins early; most of it:",
             "",
         ]
         lines += ["| launched | us | launches |", "|---|---|---|"]
@@ -167,9 +174,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer shapes and rows")
     parser.add_argument("--blocks", type=int, default=32, help="of the decoded model")
+    parser.add_argument("--four-bits-only", action="store_true", help="do not decode in bfloat16 beside it")
     parser.add_argument(
         "--sections",
-        default="check,layers,decode",
+        default="check,accuracy,layers,decode",
         help="of these; those left out stay as they are in the files",
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -198,8 +206,10 @@ def main() -> None:
     if "check" in sections:
         figures["quantizing"] = check_panels()
         figures["merged"] = check_merged()
+    if "accuracy" in sections:
+        figures["accuracy"] = accuracy()
     if "decode" in sections:
-        figures["decode"] = decode(options.blocks)
+        figures["decode"] = decode(options.blocks, not options.four_bits_only)
     options.out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(figures, indent=1) + "\n")
     file.with_suffix(".md").write_text(table(figures))

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, AwqConfig, Compile
 
 from awq import QuantConfig, load_quantized
 from awq.errors import ConfigError
+from awq.hf import static
 from awq.hf.fuse import fuse, unfuse
 from awq.hf.static import StaticGeneration
 from awq.nn import QuantExperts, QuantLinear
@@ -191,6 +192,23 @@ def test_generate_compiles_a_fused_model_whole_and_once(checkpoint: Path) -> Non
         assert torch.equal(compiled, plain.generate(ids, **GREEDY))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_where_the_compiler_can_do_better_it_is_told_unless_the_caller_tells_it(
+    checkpoint: Path, quiet: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused = load(checkpoint, fuse_max_seq_len=64)
+    given: list[Any] = []
+    monkeypatch.setattr(type(fused), "generate", lambda self, *_, **kwargs: given.append(kwargs))
+    fused.generate(prompt(), **GREEDY)  # on a CPU there is nothing to tell
+    monkeypatch.setattr(static, "how_to_compile", lambda device: {"combo_kernels": True})
+    fused.generate(prompt(), **GREEDY)
+    own = CompileConfig(mode="default")
+    fused.generate(prompt(), compile_config=own, **GREEDY)
+    assert "compile_config" not in given[0]
+    assert given[1]["compile_config"].options == {"combo_kernels": True}
+    assert given[1]["compile_config"].mode is None
+    assert given[2]["compile_config"] is own
 
 
 def test_fusing_can_be_undone(checkpoint: Path) -> None:

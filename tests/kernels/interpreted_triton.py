@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_kernels import exact, inputs_for, random_weight, relative
 
-from awq.kernels import triton_int4, triton_panel
+from awq.kernels import triton_int4, triton_launch, triton_panel
 from awq.kernels.triton_int4 import TritonInt4
 from awq.kernels.triton_table import Device, Launch, launch_for
 from awq.search import rounding
@@ -94,8 +94,8 @@ def test_a_share_may_have_less_to_do_than_the_others_or_nothing() -> None:
     weight, inputs = random_weight(64, 5 * 256, 128), inputs_for(20, 5 * 256, torch.float16)
     state = KERNEL.prepare(weight, torch.float16)
     for split in (2, 4, 8):
-        launch = Launch(32, 64, 4, 3, split=split)
-        got = triton_int4._multiply(inputs, state, launch, ptx=False)
+        launch = Launch(32, 64, 4, 3, split=split), False
+        got = triton_launch.multiply(inputs, state, lambda *_, launch=launch: launch)
         assert relative(got, exact(weight, inputs)) < 6e-4
 
 

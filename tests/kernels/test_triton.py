@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from test_kernels import random_weight
 
 from awq.errors import KernelError
-from awq.kernels import LayerSpec, choose, triton_int4
+from awq.kernels import LayerSpec, choose, triton_int4, triton_launch
 from awq.kernels.triton_int4 import TritonInt4
 from awq.kernels.triton_table import DENSE_ROWS, Device, launch_for, most_tiles
 
@@ -141,9 +143,14 @@ def test_every_launch_fits_the_device_and_covers_the_product(
     assert (launch.stages - 1) * stage < device.shared
 
 
-def test_many_rows_are_left_to_the_dense_product() -> None:
-    assert launch_for(DENSE_ROWS, 4096, 4096, 64, H100) is None
-    assert launch_for(DENSE_ROWS - 1, 4096, 4096, 64, H100) is not None
+def test_many_rows_are_left_to_the_dense_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, weight = TritonInt4(), random_weight(64, 256, 64)
+    state = kernel.prepare(weight, torch.float16)
+    monkeypatch.setattr(triton_int4, "multiply", lambda inputs, *_: inputs.new_zeros(len(inputs), 64))
+    monkeypatch.setattr(TritonInt4, "dequantize", lambda self, state, dtype: weight.dequantize(dtype))
+    fewer, many = (torch.ones(rows, 256, dtype=torch.float16) for rows in (DENSE_ROWS - 1, DENSE_ROWS))
+    assert not kernel.forward(fewer, state).any()
+    assert torch.equal(kernel.forward(many, state), many @ weight.dequantize(torch.float16).t())
 
 
 def test_few_output_channels_are_shared_out_until_the_processors_are_busy() -> None:
@@ -155,8 +162,78 @@ def test_few_output_channels_are_shared_out_until_the_processors_are_busy() -> N
 
 
 def test_few_programs_begin_early_and_many_do_not() -> None:
-    few, many = (launch_for(1, out, 4096, 64, H100) for out in (6144, 14336))
-    assert few is not None
-    assert many is not None
-    assert few.early
-    assert not many.early
+    assert launch_for(1, 6144, 4096, 64, H100).early
+    assert not launch_for(1, 14336, 4096, 64, H100).early
+
+
+def test_the_programs_of_a_wide_merge_begin_early_for_one_row_if_all_of_them_run_at_once() -> None:
+    assert launch_for(1, 28672, 4096, 64, H100).early
+    assert not launch_for(2, 28672, 4096, 64, H100).early
+    assert not launch_for(1, 57344, 8192, 64, H100).early
+
+
+class Compiled:
+    """What Triton makes of a program, which notes what it is started with."""
+
+    def __init__(self) -> None:
+        self.starts: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments: self.starts.append((grid, *arguments))
+
+
+class Program:
+    """A program for Triton to compile, which notes how it is called."""
+
+    def __init__(self, arg_names: list[str]) -> None:
+        self.arg_names, self.compiled = arg_names, Compiled()
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
+        def call(*arguments: Any, **constants: Any) -> Compiled:
+            named = dict(zip(self.arg_names, arguments, strict=False)) | constants
+            self.calls.append((grid, *(named[name] for name in self.arg_names)))
+            return self.compiled
+
+        return call
+
+
+@pytest.fixture(params=["few_rows", "many_rows"])
+def program(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Program:
+    programs = pytest.importorskip("awq.kernels.triton_programs", reason="Triton is not installed")
+    fake = Program(getattr(programs, request.param).arg_names)
+    monkeypatch.setattr(programs, request.param, fake)
+    monkeypatch.setattr(triton_launch, "_started", {})
+    return fake
+
+
+def same(one: tuple[Any, ...], other: tuple[Any, ...]) -> list[bool]:
+    """Whether two starts were given alike, tensors by type and shape."""
+    pairs = zip(one, other, strict=True)
+    tensors = torch.Tensor
+    return [(a.shape, a.dtype) == (b.shape, b.dtype) if isinstance(a, tensors) else a == b for a, b in pairs]
+
+
+def test_a_product_that_has_run_is_started_as_triton_started_it(program: Program) -> None:
+    rows = 1 if "SIDE" in program.arg_names else 20
+    kernel = TritonInt4()
+    state = kernel.prepare(random_weight(64, 256, 64), torch.float16)
+    inputs = torch.randn(rows, 256, dtype=torch.float16)
+    kernel.forward(inputs, state)
+    kernel.forward(inputs, state)
+    assert len(program.calls) == len(program.compiled.starts) == 1
+    assert all(same(program.calls[0], program.compiled.starts[0]))
+
+
+def test_what_triton_compiles_differently_for_is_left_to_it(program: Program) -> None:
+    rows = 2 if "SIDE" in program.arg_names else 20
+    kernel = TritonInt4()
+    state = kernel.prepare(random_weight(64, 256, 64), torch.float16)
+    memory = torch.randn((rows + 1) * 256, dtype=torch.float16)
+    inputs = memory[: rows * 256].view(rows, 256)
+    kernel.forward(inputs, state)
+    kernel.forward(memory[1 : 1 + rows * 256].view(rows, 256), state)  # at an odd address
+    kernel.forward(inputs.bfloat16(), state)
+    kernel.forward(inputs[:-1], state)
+    assert len(program.calls) == 4
+    assert not program.compiled.starts

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from awq.kernels.triton_int4 import planes_per_group
-from awq.kernels.triton_table import Device, Launch, launch_for
+from awq.kernels.triton_table import Device, Launch, launch_for, planes_per_group
 
 triton = pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 

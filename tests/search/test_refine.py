@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -58,6 +59,18 @@ def test_no_row_is_ever_worse_than_it_was(
     assert int(after.codes.max()) < 2**bits
     assert torch.equal(after.zeros, before.zeros)
     assert bool((after.scales > 0).all())
+
+
+def test_rows_in_pieces_get_the_scales_they_get_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    stats, weight = correlated(128, 3, 64), weight_of(37, 128, 4)
+    start = nearest(weight, *full_range(weight, 16), 4, HALF)
+    whole = refine(weight, stats, start, 4, 1)
+    # Products of five rows at a time, systems of sixteen.
+    for floats in (5 * 64 * 4, 16 * 4**2):
+        monkeypatch.setattr(sys.modules["awq.search.refine"], "_FLOATS", floats)
+        pieces = refine(weight, stats, start, 4, 1)
+        assert torch.allclose(pieces.scales.float(), whole.scales.float(), rtol=1e-3)
+        assert float((pieces.codes == whole.codes).float().mean()) > 0.99
 
 
 def test_it_takes_a_good_part_of_what_compensation_leaves() -> None:

@@ -14,14 +14,15 @@ import os
 import shutil
 import sysconfig
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from awq.kernels.spec import LayerSpec
-from awq.kernels.triton_table import DENSE_ROWS, Device, Launch, launch_for, most_tiles
+from awq.kernels.triton_launch import multiply
+from awq.kernels.triton_table import DENSE_ROWS, Device, Launch, launch_for, most_tiles, plane_of
 from awq.weight import QuantizedWeight
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -87,7 +88,7 @@ class TritonInt4:
         scales = weight.scales.float().t().contiguous().view(torch.int32)
         exact = weight.scales.dtype == torch.float32
         state = State(
-            _pack(weight.codes, _plane(weight.group_size)),
+            _pack(weight.codes, plane_of(weight.group_size)),
             (scales & -16) | weight.zeros.t().to(torch.int32),
             (scales & 15 if exact else scales[:0]).to(torch.uint8),
             torch.zeros(most_tiles(weight.out_features), dtype=torch.int32, device=scales.device),
@@ -109,17 +110,13 @@ class TritonInt4:
         if inputs.device.type == "cuda" and inputs.device.index != torch.cuda.current_device():
             with torch.cuda.device(inputs.device):  # Triton launches on the current device
                 return self.forward(inputs, state)
-        device = _device(inputs.device)
-        launch = None
-        if inputs.dtype in _DIRECT and rows < DENSE_ROWS:
-            launch = launch_for(rows, out_features, state.in_features, _plane(state.group_size), device)
-        if launch is None:
+        if rows >= DENSE_ROWS or inputs.dtype not in _DIRECT:
             return F.linear(inputs, self.dequantize(state, inputs.dtype))
-        return _multiply(inputs.contiguous(), state, launch, _ptx(device))
+        return multiply(inputs.contiguous(), state, _launch)
 
     def codes(self, state: State) -> Tensor:
         """Undo the arrangement of the words."""
-        plane = _plane(state.group_size)
+        plane = plane_of(state.group_size)
         words = state.words.view(state.words.shape[0], -1, plane)
         planes = torch.stack([(words >> 4 * nibble) & 15 for nibble in range(4)], dim=2).to(torch.uint8)
         return planes.flatten(1)[:, : state.in_features].contiguous()
@@ -128,7 +125,7 @@ class TritonInt4:
         """The weight as floats `[out, in]`; computed in float32, then cast."""
         from awq.kernels import triton_programs
 
-        out_features, plane = state.pairs.shape[1], _plane(state.group_size)
+        out_features, plane = state.pairs.shape[1], plane_of(state.group_size)
         out = torch.empty(out_features, state.in_features, dtype=dtype, device=state.words.device)
         block_n = 32 if plane == 64 else 64
         grid = (state.words.shape[1] // plane, -(-out_features // block_n))
@@ -149,77 +146,11 @@ class TritonInt4:
         return out
 
 
-def _multiply(inputs: Tensor, state: State, launch: Launch, ptx: bool) -> Tensor:
-    from awq.kernels import triton_programs
-
-    rows, (out_features, row_words) = inputs.shape[0], state.words.shape
-    plane = _plane(state.group_size)
-    out = inputs.new_empty(rows, out_features)
-    constants: dict[str, Any] = {
-        "GROUP": state.group_size,
-        "PLANE": plane,
-        "PER_GROUP": planes_per_group(state.group_size, plane),
-        "WHOLE": state.in_features % (4 * plane) == 0,
-        "BLOCK_M": launch.block_m,
-        "BLOCK_N": launch.block_n,
-        "BF16": inputs.dtype == torch.bfloat16,
-        "PTX": ptx,
-        "num_warps": launch.warps,
-        "num_stages": launch.stages,
-        "enable_fp_fusion": True,
-    }
-    across = -(-out_features // launch.block_n)
-    if launch.side:
-        early = launch.early and ptx
-        if early:
-            constants["launch_pdl"] = True
-        triton_programs.few_rows[(across,)](
-            inputs,
-            state.words,
-            state.pairs,
-            out,
-            rows,
-            out_features,
-            state.in_features,
-            row_words,
-            SIDE=launch.side,
-            ONE=rows == 1,
-            EARLY=early,
-            **constants,
-        )
-        return out
-    down = -(-rows // launch.block_m)
-    cells = launch.split * down * across * launch.block_m * launch.block_n if launch.split > 1 else 0
-    share_chunks = -(-(row_words // plane) // launch.split)
-    triton_programs.many_rows[(down, across, launch.split)](
-        inputs,
-        state.words,
-        state.pairs,
-        out,
-        torch.empty(cells, dtype=torch.float32, device=inputs.device),
-        state.counters,
-        rows,
-        out_features,
-        state.in_features,
-        row_words,
-        share_chunks,
-        SPLIT=launch.split,
-        **constants,
-    )
-    return out
-
-
-def planes_per_group(group_size: int, plane: int) -> int:
-    """Planes of a chunk that surely share a group: 1, 2 or 4."""
-    chunk = 4 * plane
-    if group_size % chunk == 0:
-        return 4
-    return group_size // plane if chunk % group_size == 0 else 1
-
-
-def _plane(group_size: int) -> int:
-    """Channels to a nibble of a chunk's words: must divide the group size, and wider is faster."""
-    return 64 if group_size % 64 == 0 else 32
+def _launch(inputs: Tensor, state: State) -> tuple[Launch, bool]:
+    """How a product is launched, and whether its program may contain NVIDIA's assembly."""
+    device, (out_features, _) = _device(inputs.device), state.words.shape
+    plane = plane_of(state.group_size)
+    return launch_for(inputs.shape[0], out_features, state.in_features, plane, device), _ptx(device)
 
 
 def _pack(codes: Tensor, plane: int) -> Tensor:

@@ -62,14 +62,12 @@ _MOST_SHARES = 8
 
 
 @functools.lru_cache(maxsize=4096)
-def launch_for(rows: int, out_features: int, in_features: int, plane: int, device: Device) -> Launch | None:
-    """The launch for a product of `rows` rows; None where a dense product is faster.
+def launch_for(rows: int, out_features: int, in_features: int, plane: int, device: Device) -> Launch:
+    """The launch for a product of `rows` rows, fewer than `DENSE_ROWS`.
 
     Args:
         plane: channels that one nibble of a chunk's words holds.
     """
-    if rows >= DENSE_ROWS:
-        return None
     if rows <= FEW_ROWS and not device.hip:
         return _few(rows, out_features, plane, device)
     _, block_m, block_n, warps, resident = _many(rows, out_features, in_features, device)
@@ -116,8 +114,11 @@ def _few(rows: int, out_features: int, plane: int, device: Device) -> Launch:
         side, stages = 4, 4
     rows_read = 1 if rows == 1 else FEW_ROWS
     stages = _stages(side * (block_n + 4 * rows_read) * plane * 2, stages, device)
-    # Many programs that begin early settle where others have not ended yet, and unevenly.
-    early = device.launches_early and out_features <= 2 * block_n * device.processors
+    # Programs that begin early settle where others have not ended yet, and unevenly. It pays for few of them,
+    # and for the many of a layer so wide that it is a merge: what runs ahead of that is short.
+    few = out_features <= 2 * block_n * device.processors
+    wide = rows == 1 and 150 * device.processors < out_features <= 12 * block_n * device.processors
+    early = device.launches_early and (few or wide)
     return Launch(FEW_ROWS, block_n, side, stages, side=side, early=early)
 
 
@@ -127,3 +128,16 @@ def _stages(bytes_of_one: int, wished: int, device: Device) -> int:
         return 2
     # Scales and sums take some of the memory too.
     return max(2, min(wished, 1 + (device.shared - 6 * 1024) // bytes_of_one))
+
+
+def plane_of(group_size: int) -> int:
+    """Channels to a nibble of a chunk's words: must divide the group size, and wider is faster."""
+    return 64 if group_size % 64 == 0 else 32
+
+
+def planes_per_group(group_size: int, plane: int) -> int:
+    """Planes of a chunk that surely share a group: 1, 2 or 4."""
+    chunk = 4 * plane
+    if group_size % chunk == 0:
+        return 4
+    return group_size // plane if chunk % group_size == 0 else 1

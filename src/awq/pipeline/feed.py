@@ -18,11 +18,14 @@ from awq.calibration import ModelInputs, Sample, make_batches, rows_of
 from awq.errors import StructureError
 from awq.model import Skeleton, dry_pass
 from awq.model.blocks import entries_of, write_entry
+from awq.pipeline.memory import has_room
 from awq.pipeline.observe import Batch
 
 _PROBE_ROWS, _PROBE_TOKENS, _SINGLE_TOKENS = 2, 24, 16
 # An input with images is the long probe if it has no more tokens than this.
 _MOST_PROBE_TOKENS = 4096
+# Of the hidden states, at most: before and behind a block, of its float and of its quantized self.
+_COPIES = 4
 
 
 class Feed:
@@ -50,7 +53,10 @@ class Feed:
         self._probes = probes(samples, skeleton.placeholders)
         self.batch_tokens = batch_tokens
         self._prepare()
-        self.hidden = [item.hidden for item in self._passes]
+        # A GPU with room to spare keeps the hidden states: copying them to and fro takes half of its time.
+        sizes = (item.hidden.nbytes for item in self._passes)
+        self._home = device if has_room(device, _COPIES * sum(sizes)) else torch.device("cpu")
+        self.hidden = [item.hidden.to(self._home) for item in self._passes]
         # Hidden states as the quantized blocks before give them; None where nobody asks.
         self.quantized: list[Tensor] | None = None
 
@@ -85,6 +91,7 @@ class Feed:
         """Take hidden states back from a journal: all batches', and the quantized blocks' where there are
         some."""
         count = len(self._passes)
+        states = [state.to(self._home) for state in states]
         self.hidden, rest = states[:count], states[count:]
         self.quantized = rest or None
 
@@ -115,6 +122,8 @@ class Feed:
         if self.batch_tokens <= longest or not self._texts:
             what = "one input with images" if self._given else f"one sample of {longest} tokens"
             raise StructureError(f"{what} does not fit in memory; use a smaller --seq-len or smaller images")
+        self._home = torch.device("cpu")
+        self.put([state.cpu() for state in self.states()])
         count = len(self._token_batches) - len(self._given)
         before = self._token_batches[:count]
         self.batch_tokens = max(longest, self.batch_tokens // 2)

@@ -34,6 +34,11 @@ def batch_tokens_for(device: torch.device, blocks: Sequence[nn.Module], tuning: 
     return max(512, min(_MOST_BATCH_TOKENS, free // 4 // (8 * per_token)))
 
 
+def has_room(device: torch.device, size: int) -> bool:
+    """Whether a GPU can keep `size` bytes beside its work: a quarter of what is free is theirs at most."""
+    return device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] // 4
+
+
 def channels_at_once(block: nn.Module) -> int:
     """Input and output channels of all linear layers that a token passes; experts run one after another."""
     within = expert_names(block)

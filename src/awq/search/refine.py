@@ -104,7 +104,7 @@ def _refitted(weight: Tensor, stats: InputStats, start: Codes) -> Codes:
     grams = stats.gram
     parts, width, _ = grams.shape
     groups = start.scales.shape[1] // parts
-    rows = max(1, _FLOATS // (width * groups))
+    rows = max(1, _FLOATS // groups**2)
     scales = torch.cat(
         [
             torch.cat(
@@ -135,12 +135,16 @@ def _best_scales(weight: Tensor, codes: Tensor, zeros: Tensor, old: Tensor, gram
     With U the codes less their zero points, one block of columns for each group, the error is
     (w - U s)ᵀ G (w - U s), so that UᵀGU s = UᵀGw.
     """
-    groups = old.shape[1]
-    width = gram.shape[0]
-    units = codes.view(len(codes), groups, -1).float() - zeros.unsqueeze(-1).float()
-    spread = torch.einsum("xgs,rgs->rxg", gram.view(width, groups, -1), units)
-    normal = torch.einsum("rhs,rhsg->rhg", units, spread.view(len(codes), groups, -1, groups))
-    target = torch.einsum("rgs,rgs->rg", units, (weight @ gram).view_as(units))
+    groups, width = old.shape[1], gram.shape[0]
+    normal, target = weight.new_empty(len(weight), groups, groups), weight.new_empty(len(weight), groups)
+    # In pieces, for `spread` is large; all rows are solved for at once, as solvers wait for a GPU each time.
+    rows = max(1, _FLOATS // (width * groups))
+    for begin in range(0, len(weight), rows):
+        here = slice(begin, begin + rows)
+        units = codes[here].reshape(-1, groups, width // groups).float() - zeros[here].unsqueeze(-1).float()
+        spread = torch.einsum("xgs,rgs->rxg", gram.view(width, groups, -1), units)
+        normal[here] = torch.einsum("rhs,rhsg->rhg", units, spread.view(len(units), groups, -1, groups))
+        target[here] = torch.einsum("rgs,rgs->rg", units, (weight[here] @ gram).view_as(units))
     diagonal = normal.diagonal(dim1=1, dim2=2)
     diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + torch.finfo(gram.dtype).tiny
     solved, failed = torch.linalg.solve_ex(normal, target.unsqueeze(-1))
