@@ -45,12 +45,12 @@ def transformers_model(model: Any) -> Measure:
     return measure
 
 
-def awq(folder: str, kernel: str | None = None) -> Measure:
+def awq(folder: str, kernel: str | None, fuse: bool) -> Measure:
     import torch
 
     from awq import load_quantized
 
-    return transformers_model(load_quantized(folder, dtype=torch.bfloat16, kernel=kernel))
+    return transformers_model(load_quantized(folder, dtype=torch.bfloat16, kernel=kernel, fuse=fuse))
 
 
 def dense(folder: str) -> Measure:
@@ -117,10 +117,10 @@ def main(engine: str, model: str, threads: str) -> None:
     os.dup2(2, 1)
     if engine == "llamacpp":
         measure = llamacpp(model, int(threads))
-    elif engine == "awq-w4a8":
-        measure = awq(model, "cpu-w4a8")
+    elif engine.startswith("awq"):
+        measure = awq(model, "cpu-w4a8" if "w4a8" in engine else None, engine.endswith("fused"))
     else:
-        measure = {"awq": awq, "dense": dense, "vllm": vllm, "openvino": openvino}[engine](model)
+        measure = {"dense": dense, "vllm": vllm, "openvino": openvino}[engine](model)
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)

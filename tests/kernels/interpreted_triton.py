@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_kernels import exact, inputs_for, random_weight, relative
+from test_kernels import exact, inputs_for, relative
 
 from awq.kernels import triton_int4, triton_launch, triton_panel
 from awq.kernels.triton_int4 import TritonInt4
@@ -18,6 +18,7 @@ from awq.kernels.triton_table import Device, Launch, launch_for
 from awq.search import rounding
 from awq.search.gram import InputStats
 from awq.search.refine import move_panel, refine
+from random_weights import random_weight
 
 KERNEL = TritonInt4()
 # Groups that fill a chunk of words, share it, cross it, and lie in a chunk that is not full.

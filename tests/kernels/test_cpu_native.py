@@ -21,6 +21,7 @@ from awq.kernels import LayerSpec, choose, cpu_native, native
 from awq.kernels.cpu_native import CpuNative, CpuW4A8, _multiply, _prepare, memory
 from awq.nn import QuantLinear
 from awq.weight import QuantizedWeight
+from random_weights import random_weight
 
 KERNEL = CpuNative()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -30,7 +31,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
 
 @pytest.fixture(scope="module", autouse=True)
 def _library() -> None:
-    found = native.load()
+    found = cpu_native.load()
     if isinstance(found, str):
         pytest.skip(f"the C++ products cannot be used here: {found}")
 
@@ -41,18 +42,6 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
-
-
-def random_weight(
-    out: int, columns: int, group: int, seed: int = 0, dtype: torch.dtype = torch.float16
-) -> QuantizedWeight:
-    generator = torch.Generator().manual_seed(seed)
-    shape = (out, columns // group)
-    return QuantizedWeight(
-        torch.randint(0, 16, (out, columns), generator=generator, dtype=torch.uint8),
-        (torch.rand(shape, generator=generator) * 0.02 + 0.001).to(dtype),
-        torch.randint(0, 16, shape, generator=generator, dtype=torch.uint8),
-    )
 
 
 def inputs_for(rows: int, columns: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
@@ -141,7 +130,8 @@ def test_instruction_sets_agree_to_the_last_bit(monkeypatch: pytest.MonkeyPatch)
     """Each of this machine's is compiled, so that the slower ones are tested too."""
     pool = native._thread_pool()
     assert pool is not None
-    found = [native._open(name, pool) for name in native.available()]
+    check = native._Check(pool, cpu_native.is_right)
+    found = [native._open(name, check) for name in native.available()]
     assert all(isinstance(library, native.Native) for library in found), found
     weight = random_weight(200, 480, 160)
     weight.codes[7] = 15
@@ -164,7 +154,7 @@ def test_tiles_give_the_same_bits(tmp_path: Path) -> None:
     subprocess.run([*command, str(source), "-o", str(tmp_path / "tiles.so")], check=True)
     library = ctypes.CDLL(str(tmp_path / "tiles.so"))
     native._declare(library)
-    tiles, plain = native.Native(library, "tiles"), native.load()
+    tiles, plain = native.Native(library, "tiles"), cpu_native.load()
     assert isinstance(plain, native.Native)
     for out, columns, group in ((200, 480, 160), (64, 256, 128), (72, 96, 32), (130, 40, 8)):
         weight = random_weight(out, columns, group)

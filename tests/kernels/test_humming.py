@@ -23,6 +23,7 @@ from awq.kernels import LayerSpec, choose, kernel_choices, multiply
 from awq.kernels import humming as ours
 from awq.kernels.humming import Humming, plain_tensors
 from awq.weight import QuantizedWeight
+from random_weights import random_weight
 
 SPEC = {
     "device": "cuda",
@@ -31,16 +32,6 @@ SPEC = {
     "out_features": 4096,
     "group_size": 128,
 }
-
-
-def random_weight(rows: int, columns: int, group: int) -> QuantizedWeight:
-    generator = torch.Generator().manual_seed(0)
-    shape = (rows, columns // group)
-    return QuantizedWeight(
-        torch.randint(0, 16, (rows, columns), generator=generator, dtype=torch.uint8),
-        (torch.rand(shape, generator=generator) * 0.02 + 0.001).half(),
-        torch.randint(0, 16, shape, generator=generator, dtype=torch.uint8),
-    )
 
 
 @pytest.fixture

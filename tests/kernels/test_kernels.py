@@ -12,21 +12,10 @@ from awq.kernels import LayerSpec, choose, kernel_names
 from awq.kernels.cpu_int4 import CpuInt4
 from awq.kernels.torch_dequant import TorchDequant
 from awq.weight import QuantizedWeight
+from random_weights import random_weight
 
 ORACLE = TorchDequant()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def random_weight(
-    rows: int, columns: int, group: int, seed: int = 0, dtype: torch.dtype = torch.float16
-) -> QuantizedWeight:
-    generator = torch.Generator().manual_seed(seed)
-    shape = (rows, columns // group)
-    return QuantizedWeight(
-        torch.randint(0, 16, (rows, columns), generator=generator, dtype=torch.uint8),
-        (torch.rand(shape, generator=generator) * 0.02 + 0.001).to(dtype),
-        torch.randint(0, 16, shape, generator=generator, dtype=torch.uint8),
-    )
 
 
 def inputs_for(rows: int, columns: int, dtype: torch.dtype, seed: int = 1) -> torch.Tensor:

@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from awq.kernels import LayerSpec, choose, native
+from awq.kernels import LayerSpec, choose, cpu_native, native
 
 SPEC = LayerSpec("cpu", torch.bfloat16, 128, 64, 32)
-BUILT = 'from awq.kernels import native; f = native.load(); print(getattr(f, "instruction_set", f))'
+BUILT = 'from awq.kernels import cpu_native; f = cpu_native.load(); print(getattr(f, "instruction_set", f))'
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the library for the best instruction set: compiling takes seconds, copying does not."""
     native.load.cache_clear()
-    found = native.load()
+    found = cpu_native.load()
     if isinstance(found, str):
         pytest.skip(f"the C++ products cannot be used here: {found}")
     if found.instruction_set != native.available()[0] or native.compiler() is None:
@@ -109,14 +109,14 @@ def test_processes_that_start_together_compile_once_and_all_succeed(tmp_path: Pa
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("content", [b"", b"not a library", None])
 def test_a_damaged_library_is_compiled_anew(content: bytes | None, tmp_path: Path) -> None:
-    assert isinstance(native.load(), native.Native)
+    assert isinstance(cpu_native.load(), native.Native)
     (file,) = libraries(tmp_path)
     whole = file.read_bytes()
     # A new file: writing into one that is loaded would end this process.
     file.unlink()
     file.write_bytes(whole[: len(whole) // 2] if content is None else content)
     native.load.cache_clear()
-    assert isinstance(native.load(), native.Native)
+    assert isinstance(cpu_native.load(), native.Native)
     assert file.read_bytes() == whole
 
 
@@ -167,7 +167,7 @@ def test_a_compiler_too_old_for_the_best_instruction_set_serves_the_next(
     monkeypatch.setenv("CXX", script(tmp_path, "old", refusing))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = native.load()
+        found = cpu_native.load()
     assert isinstance(found, native.Native)
     assert found.instruction_set == rest[0]
 
@@ -193,18 +193,20 @@ def test_a_cache_that_cannot_be_written_is_done_without(
 
 @pytest.mark.usefixtures("compiler")
 def test_a_library_of_another_user_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(native.load(), native.Native)
+    assert isinstance(cpu_native.load(), native.Native)
     (file,) = libraries(tmp_path)
     stat = os.stat_result((*file.stat()[:4], 12345, *file.stat()[5:]))
     monkeypatch.setattr(Path, "stat", lambda *_, **__: stat)
-    assert "belongs to another user" in str(native._loaded(file, native.available()[0], 0))
+    assert "belongs to another user" in str(
+        native._loaded(file, native.available()[0], native._Check(0, cpu_native.is_right))
+    )
 
 
 @pytest.mark.usefixtures("compiler")
 def test_an_instruction_set_can_be_asked_for_or_all_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     last = native.available()[-1]
     monkeypatch.setenv("AWQ_CPU_ISA", last)
-    found = native.load()
+    found = cpu_native.load()
     assert isinstance(found, native.Native)
     assert found.instruction_set == last
     for name, reason in (("none", "AWQ_CPU_ISA=none is set"), ("vax", "AWQ_CPU_ISA=vax is not what")):
@@ -225,7 +227,7 @@ def test_another_system_is_refused_by_name_without_a_warning(monkeypatch: pytest
 def test_a_processor_without_the_instructions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "available", list)
     monkeypatch.setattr(native.platform, "machine", lambda: "x86_64")
-    assert native.load() == "the processor lacks AVX2"
+    assert cpu_native.load() == "the processor lacks AVX2"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from awq.kernels import LayerSpec, choose, kernel_names, multiply
 from awq.kernels.registry import kernel_named
 from awq.nn import QuantLinear
 from awq.weight import QuantizedWeight
+from random_weights import random_weight
 
 ROWS, COLUMNS, GROUP = 48, 64, 32
 KERNELS = [
@@ -21,13 +22,7 @@ KERNELS = [
 
 @pytest.fixture
 def weight() -> QuantizedWeight:
-    generator = torch.Generator().manual_seed(0)
-    shape = (ROWS, COLUMNS // GROUP)
-    return QuantizedWeight(
-        torch.randint(0, 16, (ROWS, COLUMNS), generator=generator, dtype=torch.uint8),
-        (torch.rand(shape, generator=generator) * 0.02 + 0.001).half(),
-        torch.randint(0, 16, shape, generator=generator, dtype=torch.uint8),
-    )
+    return random_weight(ROWS, COLUMNS, GROUP)
 
 
 def prepared(name: str, weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> tuple:

@@ -13,12 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels import random_weight
 
 from awq.errors import KernelError
 from awq.kernels import LayerSpec, choose, triton_int4, triton_launch
 from awq.kernels.triton_int4 import TritonInt4
 from awq.kernels.triton_table import DENSE_ROWS, Device, launch_for, most_tiles
+from random_weights import random_weight
 
 HERE = Path(__file__).parent
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -16,18 +16,9 @@ from awq.errors import KernelError
 from awq.formats import gemm
 from awq.nn import QuantLinear
 from awq.weight import QuantizedWeight
+from random_weights import random_weight
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def random_weight(rows: int = 48, columns: int = 64, group: int = 32, seed: int = 0) -> QuantizedWeight:
-    generator = torch.Generator().manual_seed(seed)
-    shape = (rows, columns // group)
-    return QuantizedWeight(
-        torch.randint(0, 16, (rows, columns), generator=generator, dtype=torch.uint8),
-        (torch.rand(shape, generator=generator) * 0.02 + 0.001).half(),
-        torch.randint(0, 16, shape, generator=generator, dtype=torch.uint8),
-    )
 
 
 @pytest.fixture
@@ -82,7 +73,7 @@ def test_inputs_need_not_be_contiguous(layer: QuantLinear) -> None:
 
 
 def test_inputs_of_another_width_are_refused(layer: QuantLinear) -> None:
-    with pytest.raises(RuntimeError):
+    with pytest.raises(KernelError, match="inputs of 32 channels were given to a quantized layer of 64"):
         layer(inputs(4, 32))
 
 

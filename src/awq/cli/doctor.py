@@ -116,9 +116,9 @@ def _processor() -> str:
 
 def _native() -> dict[str, str | None]:
     """The library of C++ products, compiled now where it has not been yet."""
-    from awq.kernels import native
+    from awq.kernels import cpu_native, native
 
-    found = native.load()
+    found = cpu_native.load()
     return {
         "instruction_set": None if isinstance(found, str) else found.instruction_set,
         "cache": str(native.cache_folder()),

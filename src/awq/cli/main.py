@@ -103,6 +103,7 @@ app.command("demo")(demo.command)
 
 def run() -> None:
     """Run the command line; set AWQ_DEBUG=1 to see the traceback of an expected error."""
+    _spin_shortly()
     try:
         app()
     except AwqError as error:
@@ -113,6 +114,18 @@ def run() -> None:
     except (_Interrupted, KeyboardInterrupt):
         _say("interrupted; a quantization continues when the same command is run again")
         sys.exit(130)
+
+
+def _spin_shortly() -> None:
+    """Let PyTorch's idle threads sleep soon, unless the user has said how they shall wait.
+
+    GNU's OpenMP lets them spin as long as there are as many cores as threads, also when other processes want
+    the cores: then each parallel loop waits for a thread that waits for a core on which another one spins. To
+    sleep at once would cost a third of the speed on an idle machine, because between two products there is
+    hardly time to sleep. This is long enough for that (`docs/speed.md`). Read when torch is imported.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def _say(message: str | Text) -> None:

@@ -52,6 +52,7 @@ class CpuInt4:
     """The operator, with a dense path for many rows."""
 
     name = "cpu-int4"
+    any_shape = False
     state_type = State
 
     def refuses(self, spec: LayerSpec) -> str | None:

@@ -16,6 +16,7 @@ served.
 from __future__ import annotations
 
 import itertools
+import math
 import mmap
 from contextlib import suppress
 from typing import NamedTuple
@@ -59,6 +60,7 @@ class CpuNative:
     """Products with activations in the precision of their dtype."""
 
     name = "cpu-w4a16"
+    any_shape = True
     state_type = State
 
     def refuses(self, spec: LayerSpec) -> str | None:
@@ -69,7 +71,7 @@ class CpuNative:
             return f"{spec.bits} bits do not fit a nibble"
         if spec.group_size % 8:
             return f"groups of {spec.group_size} do not divide by 8"
-        found = native.load()
+        found = load()
         return found if isinstance(found, str) else None
 
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> State:
@@ -77,7 +79,7 @@ class CpuNative:
         return _prepare(_library(), weight)
 
     def forward(self, inputs: Tensor, state: State) -> Tensor:
-        """The product for any number of rows; a row with NaN or infinity in it becomes NaN."""
+        """The product for inputs of any shape; a row with NaN or infinity in it becomes NaN."""
         return _multiply(_library(), inputs, state, self.digits(inputs.dtype))
 
     def codes(self, state: State) -> Tensor:
@@ -99,8 +101,13 @@ class CpuW4A8(CpuNative):
         return 1
 
 
+def load() -> native.Native | str:
+    """The library, or why there is none; see `native.load`."""
+    return native.load(is_right)
+
+
 def _library() -> native.Native:
-    found = native.load()
+    found = load()
     if isinstance(found, str):
         raise KernelError(f"the C++ product for CPUs cannot be used: {found}")
     return found
@@ -139,16 +146,20 @@ def memory(size: int) -> Tensor:
 def _multiply(found: native.Native, inputs: Tensor, state: State, digits: int) -> Tensor:
     if inputs.dtype not in _KINDS:
         return _multiply(found, inputs.float(), state, digits).to(inputs.dtype)
-    rows, columns = inputs.shape
-    outputs = state.scales_by_group.shape[1]
-    if inputs.stride(1) != 1:
-        inputs = inputs.contiguous()
+    scales, zeros = state.scales_by_group, state.zeros_by_group
+    outputs = scales.shape[1]
+    *lead, columns = inputs.shape
+    if len(lead) == 1 and inputs.stride(1) == 1:  # rows may lie apart
+        stride = inputs.stride(0)
+    else:
+        inputs, stride = inputs.contiguous(), columns
+    rows = math.prod(lead)
     # No copies, unless the state has been through something that made its tensors anew.
-    scales, zeros = state.scales_by_group.contiguous(), state.zeros_by_group.contiguous()
-    out = torch.empty(rows, outputs, dtype=inputs.dtype)
+    scales, zeros = scales.contiguous(), zeros.contiguous()
+    out = inputs.new_empty((*lead, outputs))
     failed = found.library.openawq_w4(
         inputs.data_ptr(),
-        inputs.stride(0),
+        stride,
         _KINDS[inputs.dtype],
         rows,
         columns,

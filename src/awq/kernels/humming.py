@@ -64,6 +64,7 @@ class Humming:
     """Humming's product for any number of rows."""
 
     name = "humming"
+    any_shape = False
     state_type = State
 
     def refuses(self, spec: LayerSpec) -> str | None:

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -57,9 +57,19 @@ class Native:
     instruction_set: str
 
 
+@dataclasses.dataclass(frozen=True)
+class _Check:
+    """What a library is started with, and what it must pass."""
+
+    pool: int
+    is_right: Callable[[Native], bool]
+
+
 @functools.cache
-def load() -> Native | str:
+def load(is_right: Callable[[Native], bool]) -> Native | str:
     """The library, or why there is none, as a part of a sentence. Compiles where the cache has nothing.
+
+    Only a library is returned of which `is_right` says that it multiplies as it should.
 
     What the user could change (no compiler, a compiler that fails) is also told in a warning, once.
     """
@@ -79,7 +89,7 @@ def load() -> Native | str:
         return "PyTorch's thread pool was not found"
     reason = ""
     for name in usable:
-        found = _open(name, pool)
+        found = _open(name, _Check(pool, is_right))
         if isinstance(found, Native):
             return found
         reason = reason or found
@@ -120,35 +130,35 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "openawq" / "kernels"
 
 
-def _open(name: str, pool: int) -> Native | str:
+def _open(name: str, check: _Check) -> Native | str:
     """The library for an instruction set: from the cache, or compiled now."""
     file = cache_folder() / f"w4-{name}-{_key(name)}.so"
     if file.exists():
-        loaded = _loaded(file, name, pool)
+        loaded = _loaded(file, name, check)
         if isinstance(loaded, Native):
             return loaded
     try:
-        return _made(file, name, pool)
+        return _made(file, name, check)
     except _CONDITIONS:
         pass
     # A home that cannot be written to: compile for this process alone.
     with tempfile.TemporaryDirectory(prefix="awq-kernels-") as folder:
         try:
-            return _made(Path(folder) / file.name, name, pool)
+            return _made(Path(folder) / file.name, name, check)
         except _CONDITIONS as error:
             return f"compiling it failed: {error}"
 
 
-def _made(file: Path, name: str, pool: int) -> Native | str:
+def _made(file: Path, name: str, check: _Check) -> Native | str:
     """Compile to `file` and load it; whoever else is at it is waited for."""
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _alone(file.with_suffix(".lock")):
         if file.exists():
-            loaded = _loaded(file, name, pool)
+            loaded = _loaded(file, name, check)
             if isinstance(loaded, Native):
                 return loaded
         reason = _compile(file, name)
-    return reason or _loaded(file, name, pool)
+    return reason or _loaded(file, name, check)
 
 
 def _compile(file: Path, name: str) -> str | None:
@@ -182,7 +192,7 @@ def _compile(file: Path, name: str) -> str | None:
     return None
 
 
-def _loaded(file: Path, name: str, pool: int) -> Native | str:
+def _loaded(file: Path, name: str, check: _Check) -> Native | str:
     """Load a library and see that it multiplies right."""
     if file.stat().st_uid not in (os.getuid(), 0):
         return f"{file} belongs to another user"
@@ -193,12 +203,10 @@ def _loaded(file: Path, name: str, pool: int) -> Native | str:
         _declare(library)
     except (OSError, AttributeError) as error:
         return f"{file} cannot be loaded: {error}"
-    if library.openawq_start(pool):
+    if library.openawq_start(check.pool):
         return f"the system does not allow {name}"
-    from awq.kernels.cpu_native import is_right
-
     native = Native(library, name)
-    return native if is_right(native) else f"{file} gives wrong products"
+    return native if check.is_right(native) else f"{file} gives wrong products"
 
 
 def _declare(library: Any) -> None:

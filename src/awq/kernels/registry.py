@@ -29,6 +29,8 @@ class Kernel(Protocol):
     """
 
     name: str
+    # Whether `forward` takes inputs of any shape `[..., in_features]`; only rows otherwise.
+    any_shape: bool
     state_type: Any
 
     def refuses(self, spec: LayerSpec) -> str | None:

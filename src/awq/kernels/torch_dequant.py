@@ -27,6 +27,7 @@ class TorchDequant:
     """Dequantize and multiply, in plain PyTorch."""
 
     name = "torch"
+    any_shape = False
     state_type = State
 
     def refuses(self, spec: LayerSpec) -> str | None:

@@ -68,6 +68,7 @@ class TritonInt4:
     """Unpack in registers for few rows, dequantize for many."""
 
     name = "triton"
+    any_shape = False
     state_type = State
 
     def refuses(self, spec: LayerSpec) -> str | None:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awq.errors import ConfigError
+from awq.errors import ConfigError, KernelError
 from awq.formats import get_format
 from awq.kernels import Choice, LayerSpec, choose, multiply
 from awq.weight import QuantizedWeight
@@ -192,15 +192,19 @@ class QuantLinear(nn.Linear):
             return F.linear(inputs, self.dequantize(inputs.dtype), self._bias_as(inputs.dtype))
         if self._choice is None:
             self.prepare(inputs.dtype)
-        # Preparing may find that the layer can be merged no more.
-        out = self._product(inputs) if self._merge is None else self._merge.product(self, inputs)
-        bias = self._bias_as(out.dtype)
-        return out if bias is None else out + bias
+        merge = self._merge  # preparing may have found that the layer can be merged no more
+        out = self._product(inputs, self.out_features) if merge is None else merge.product(self, inputs)
+        bias = self.bias
+        return out if bias is None else out + bias.to(out.dtype)
 
-    def _product(self, inputs: Tensor) -> Tensor:
-        rows = inputs.reshape(-1, self.in_features)
-        out = multiply(rows, self._choice.kernel, self._state, self.out_features)  # type: ignore[union-attr]
-        return out.view(*inputs.shape[:-1], self.out_features)
+    def _product(self, inputs: Tensor, out_features: int) -> Tensor:
+        """With all rows of the state, of which there are more than the layer's own when it is merged."""
+        assert self._choice is not None  # forward prepares
+        if inputs.shape[-1] != self.in_features:
+            raise KernelError(
+                f"inputs of {inputs.shape[-1]} channels were given to a quantized layer of {self.in_features}"
+            )
+        return multiply(inputs, self._choice.kernel, self._state, out_features)
 
     def held_tensors(self) -> list[Tensor]:
         """What a product reads: the kernel's arrangement, or the checkpoint's tensors before there is one."""
@@ -208,7 +212,8 @@ class QuantLinear(nn.Linear):
         return arranged + list(self.buffers())
 
     def _bias_as(self, dtype: torch.dtype) -> Tensor | None:
-        return None if self.bias is None else self.bias.to(dtype)
+        bias = self.bias  # asked for once: nn.Module looks for it in three places
+        return None if bias is None else bias.to(dtype)
 
     def _release(self) -> None:
         """Go back to the checkpoint's tensors, which can be moved and saved."""

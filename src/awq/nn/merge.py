@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from awq.kernels import Choice, LayerSpec, choose, multiply
+from awq.kernels import Choice, LayerSpec, choose
 from awq.weight import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -72,25 +72,26 @@ class Merge:
 
     def product(self, member: QuantLinear, inputs: Tensor) -> Tensor:
         """inputs `[..., in_features]` to the member's part, `[..., out_features]`, its bias not added."""
-        marks = _marks(inputs)
-        if member is self.members[0]:
-            out = self._multiply(inputs)
-            self._last = (inputs, marks, out)
-            return out[..., member._rows]
-        last = self._last
-        # A hook may have changed the tensor in place, and tensors of inference mode do not tell.
-        if last is None or last[0] is not inputs or last[1] != marks or member._forward_pre_hooks:
-            return self._multiply(inputs)[..., member._rows]
-        if member is self.members[-1]:
-            self._last = None
-        return last[2][..., member._rows]
-
-    def _multiply(self, inputs: Tensor) -> Tensor:
         first = self.members[0]
-        assert first._choice is not None  # forward prepares
-        rows = inputs.reshape(-1, first.in_features)
-        out = multiply(rows, first._choice.kernel, first._state, self.out_features)
-        return out.view(*inputs.shape[:-1], self.out_features)
+        if member is first:
+            out = first._product(inputs, self.out_features)
+            self._last = (inputs, _marks(inputs), out)
+        else:
+            last = self._last
+            # A hook may have changed the tensor in place, and tensors of inference mode do not tell.
+            if (
+                last is None
+                or last[0] is not inputs
+                or last[1] != _marks(inputs)
+                or member._forward_pre_hooks
+            ):
+                out = first._product(inputs, self.out_features)
+            else:
+                out = last[2]
+                if member is self.members[-1]:
+                    self._last = None
+        rows = member._rows
+        return out.narrow(-1, rows.start, rows.stop - rows.start)
 
     def undo(self) -> None:
         """Make the members layers of their own again; each arranges its codes when it is next used."""
@@ -138,5 +139,6 @@ def _marks(inputs: Tensor) -> tuple[Any, ...]:
     """What else than the tensor's identity a product depends on."""
     if torch.compiler.is_compiling():
         return ()  # a traced forward has one order, in which nothing of this changes
+    device = "cpu" if inputs.is_cpu else inputs.device.type
     version = -1 if inputs.is_inference() else inputs._version
-    return version, torch.is_grad_enabled(), torch.is_autocast_enabled(inputs.device.type)
+    return version, torch.is_grad_enabled(), torch.is_autocast_enabled(device)

@@ -1,0 +1,20 @@
+"""A random quantized weight, the same each time."""
+
+from __future__ import annotations
+
+import torch
+
+from awq.weight import QuantizedWeight
+
+
+def random_weight(
+    rows: int = 48, columns: int = 64, group: int = 32, seed: int = 0, dtype: torch.dtype = torch.float16
+) -> QuantizedWeight:
+    """Codes `[rows, columns]` of 4 bits, with scales of `dtype`."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (rows, columns // group)
+    return QuantizedWeight(
+        torch.randint(0, 16, (rows, columns), generator=generator, dtype=torch.uint8),
+        (torch.rand(shape, generator=generator) * 0.02 + 0.001).to(dtype),
+        torch.randint(0, 16, shape, generator=generator, dtype=torch.uint8),
+    )
