@@ -39,6 +39,11 @@ class Batch:
     call: BlockCall
     mask: Tensor | None
 
+    @property
+    def tokens(self) -> int:
+        """Rows of the hidden states, padding counted."""
+        return self.hidden.shape[0] * self.hidden.shape[1]
+
     def run(self, block: nn.Module, device: torch.device, keep: bool = False) -> Tensor:
         """The block's output on `device`; `keep` what it writes for later blocks, or forget it."""
         return self.call.run(block, self.hidden.to(device), keep)

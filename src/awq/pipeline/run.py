@@ -20,9 +20,11 @@ from awq.model import Skeleton, open_model, pick_device
 from awq.model.fetch import Lazily, load_processor, load_tokenizer, resolve
 from awq.model.invariance import prove
 from awq.model.overrides import Overrides
-from awq.pipeline.block import holding, make_judge, quantize_block
+from awq.model.sums import find_sums
+from awq.pipeline.block import make_judge, quantize_block
 from awq.pipeline.done import Done, tensors_of
 from awq.pipeline.finish import REPORT_NAME, finish
+from awq.pipeline.follow import Follower
 from awq.pipeline.job import Job, Request, prepare
 from awq.pipeline.journal import Journal, check_output, lock, open_journal, taken
 from awq.pipeline.memory import peak_memory
@@ -32,6 +34,7 @@ from awq.pipeline.precision import float32_by_default, matmul_precision
 from awq.pipeline.preflight import check_disk, scale_dtype
 from awq.pipeline.report import BlockReport, Progress, Report, Silent, write_json
 from awq.pipeline.skipped import not_converted
+from awq.pipeline.stacks import holding
 from awq.pipeline.tune import teaching, tune
 from awq.pipeline.verdict import verdict_on
 from awq.pipeline.writer import DEFAULT_SHARD_BYTES, ShardWriter
@@ -256,10 +259,19 @@ class _Run:
             for parameter, _ in block.named_parameters()
         }
         # Blocks that share state would need a second one for the quantized blocks' states.
-        follows = bool(self.config.tune) and not feed.shares_state
-        batches, quantized = feed.at(index, quantized=follows), None
+        follows = bool(feed.followed) and not feed.shares_state
+        batches, outputs, quantized = feed.at(index), seen.outputs, None
+        judge_own = make_judge(block, batches, outputs, self.device)
+        correct = None
+        if feed.followed:
+            doors, outputs = batches[: feed.followed], outputs[: feed.followed]
+            batches = feed.at(index, quantized=True)
+            if self.config.correction:
+                with matmul_precision("highest"):
+                    sums = find_sums(block, kind.layers, lambda: long.run(block, self.device))
+                correct = Follower(block, sums, doors, batches, outputs, self.device)
         parted = teaching if self.config.tune else (lambda every: (every, every))
-        (taught, held), (targets, wanted) = parted(batches), parted(seen.outputs)
+        (taught, held), (targets, wanted) = parted(batches), parted(outputs)
         judge = make_judge(block, held, wanted, self.device)
         with self._timed("search"):
             result = quantize_block(
@@ -273,12 +285,15 @@ class _Run:
                 self.config,
                 scale_dtype(self.config),
                 stored,
+                correct,
                 partial(self._tuned, block, taught, targets, judge, settings) if self.config.tune else None,
             )
+            own_error = result.errors[result.chosen]
             if follows:
                 with holding(block, result.codes):
                     quantized = [b.run(block, self.device).to(b.hidden.device) for b in batches]
-        return Done(result, seen, proofs, stored, seen.outputs + behind, quantized)
+                    own_error = judge_own()
+        return Done(result, seen, proofs, stored, seen.outputs + behind, quantized, own_error)
 
     def _tell(self, name: str, done: Done) -> None:
         """What deserves a line about a block."""
