@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 
@@ -60,6 +61,19 @@ def fold_in(
     if config.rounding != "nearest":
         scaled = [weight * columns for weight in sampled]
         error = partial(_compensated, settings=settings, config=config, dtype=scale_dtype)
+        import os
+
+        if os.environ.get("SHOW"):
+            print(
+                fold.source,
+                choice.label,
+                round(choice.loss / choice.identity_loss, 3),
+                round(
+                    error([weight * columns for weight in sampled], stats[first].divided(columns))
+                    / error(sampled, stats[first]),
+                    3,
+                ),
+            )
         if error(scaled, stats[first].divided(columns)) >= error(sampled, stats[first]):
             return "identity"
     apply(block, fold, scale)
@@ -76,6 +90,7 @@ def _compensated(
     weights: list[Tensor], stats: InputStats, settings: list[Setting], config: QuantConfig, dtype: torch.dtype
 ) -> float:
     """Output error of weights `[out, in]` with a common input, rounded as the layers will be."""
+    config = dataclasses.replace(config, refine=0)
     alike: dict[Setting, list[Tensor]] = {}
     for weight, setting in zip(weights, settings, strict=True):
         alike.setdefault(setting, []).append(weight)
