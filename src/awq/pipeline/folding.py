@@ -61,19 +61,6 @@ def fold_in(
     if config.rounding != "nearest":
         scaled = [weight * columns for weight in sampled]
         error = partial(_compensated, settings=settings, config=config, dtype=scale_dtype)
-        import os
-
-        if os.environ.get("SHOW"):
-            print(
-                fold.source,
-                choice.label,
-                round(choice.loss / choice.identity_loss, 3),
-                round(
-                    error([weight * columns for weight in sampled], stats[first].divided(columns))
-                    / error(sampled, stats[first]),
-                    3,
-                ),
-            )
         if error(scaled, stats[first].divided(columns)) >= error(sampled, stats[first]):
             return "identity"
     apply(block, fold, scale)
