@@ -21,7 +21,7 @@ from awq.pipeline.stacks import Corrector, Rounded, Way, holding, relative_error
 from awq.search import Codes, InputStats
 
 # Tokens on which candidates for a block are compared through the block itself.
-_JUDGED_TOKENS = 4096
+_JUDGED_TOKENS = 2048
 
 
 @dataclasses.dataclass(frozen=True)

@@ -247,10 +247,21 @@ class _Run:
         settings = job.mix.blocks[index]
         with self._timed("forward"):
             skeleton.load(block, name, self.device)
-            seen = measure(
-                block, kind.structure, kind.layers, feed.at(index), self.device, common_size(self.config)
-            )
             long, single = feed.probes_at(index)
+            sums = {}
+            if feed.followed and self.config.correction:
+                with matmul_precision("highest"):
+                    sums = find_sums(block, kind.layers, lambda: long.run(block, self.device))
+            seen = measure(
+                block,
+                kind.structure,
+                kind.layers,
+                feed.at(index),
+                self.device,
+                common_size(self.config),
+                {place.reader for place in sums.values() if place.reader is not None},
+                feed.followed,
+            )
             with matmul_precision("highest"):
                 proofs = prove(block, kind.folds, lambda: long.whole(block, self.device))
             behind = [p.run(block, self.device, keep=True).to(p.hidden.device) for p in (long, single)]
@@ -264,12 +275,9 @@ class _Run:
         judge_own = make_judge(block, batches, outputs, self.device)
         correct = None
         if feed.followed:
-            doors, outputs = batches[: feed.followed], outputs[: feed.followed]
-            batches = feed.at(index, quantized=True)
-            if self.config.correction:
-                with matmul_precision("highest"):
-                    sums = find_sums(block, kind.layers, lambda: long.run(block, self.device))
-                correct = Follower(block, sums, doors, batches, outputs, self.device)
+            batches, outputs = feed.at(index, quantized=True), outputs[: feed.followed]
+        if sums:
+            correct = Follower(block, sums, batches, {None: outputs, **seen.sums}, self.device)
         parted = teaching if self.config.tune else (lambda every: (every, every))
         (taught, held), (targets, wanted) = parted(batches), parted(outputs)
         judge = make_judge(block, held, wanted, self.device)

@@ -1,8 +1,8 @@
-"""Weights for the inputs that quantized layers before really give.
+"""Weights that make up for what is wrong in the sum that their output is added to.
 
-Behind layers that are quantized a layer no longer sees x but x̂, and what its output is added to is off as
-well. Part of what is missing is linear in x̂, and so a change of the weight can supply it: the one that fits
-E[e x̂ᵀ], e being what is missing, is E[e x̂ᵀ] E[x̂ x̂ᵀ]⁻¹. The change comes before rounding and costs the
+Behind layers that are quantized a layer sees x̂ in the place of x, and what its output is added to is off as
+well. Part of what is missing in the sum is linear in x̂, and so a change of the weight can supply it: the one
+that fits is E[e x̂ᵀ] E[x̂ x̂ᵀ]⁻¹, e being what is missing. The change comes before rounding and costs the
 checkpoint nothing.
 
 How far the fit can be believed depends on the tokens for each channel: with few it learns the tokens at hand
@@ -12,8 +12,6 @@ tokens / (tokens + 4 channels). docs/research/accuracy.md has the figures that t
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
@@ -21,61 +19,21 @@ from torch import Tensor
 _BELIEVED = 4
 
 
-@dataclasses.dataclass(frozen=True)
-class Drift:
-    """What is missing behind a layer, as far as its inputs tell.
-
-    Args:
-        cross: float32 E[e x̂ᵀ]: `[in, in]` if e is what is missing in the layer's inputs, `[out, in]` if it is
-            what is missing in its outputs.
-        gram: float32 `[in, in]`, E[x̂ x̂ᵀ].
-        tokens: rows counted.
-        of_inputs: whether e are inputs.
-    """
-
-    cross: Tensor
-    gram: Tensor
-    tokens: int
-    of_inputs: bool
-
-    def corrected(self, weight: Tensor) -> Tensor:
-        """`weight` float32 `[out, in]` with the change that supplies what is missing.
-
-        With fewer tokens than channels it is left as it is.
-        """
-        channels = weight.shape[1]
-        if self.tokens < channels:
-            return weight
-        damping = self.gram.diagonal().mean() * channels / self.tokens
-        gram = self.gram + damping * torch.eye(channels, device=weight.device)
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        if int(failed):
-            return weight
-        missing = weight @ self.cross if self.of_inputs else self.cross
-        change = torch.cholesky_solve(missing.t(), factor).t()
-        return weight + change * (self.tokens / (self.tokens + _BELIEVED * channels))
-
-
 class DriftAccumulator:
-    """Adds up what is missing, batch by batch.
+    """Adds up what is missing behind a layer, batch by batch.
 
     Args:
-        missing: features of e.
-        channels: input features of the layer.
-        of_inputs: see `Drift`.
+        out_features, in_features: of the layer.
         device: where the sums are held.
     """
 
-    def __init__(
-        self, missing: int, channels: int, of_inputs: bool, device: torch.device | str = "cpu"
-    ) -> None:
-        self._cross = torch.zeros(missing, channels, device=device)
-        self._gram = torch.zeros(channels, channels, device=device)
-        self._of_inputs = of_inputs
+    def __init__(self, out_features: int, in_features: int, device: torch.device | str = "cpu") -> None:
+        self._cross = torch.zeros(out_features, in_features, device=device)
+        self._gram = torch.zeros(in_features, in_features, device=device)
         self._tokens = 0
 
     def add(self, missing: Tensor, inputs: Tensor) -> None:
-        """Count the finite rows of `missing` `[tokens, missing]` and `inputs` `[tokens, channels]`."""
+        """Count the finite rows of `missing` float32 `[tokens, out]` and `inputs` float32 `[tokens, in]`."""
         if not bool(torch.isfinite(missing.sum() + inputs.sum())):
             finite = torch.isfinite(missing).all(dim=1) & torch.isfinite(inputs).all(dim=1)
             missing, inputs = missing[finite], inputs[finite]
@@ -83,7 +41,18 @@ class DriftAccumulator:
         self._gram.addmm_(inputs.t(), inputs)
         self._tokens += inputs.shape[0]
 
-    def finish(self) -> Drift:
-        """The means so far; the sums are used up."""
-        count = max(self._tokens, 1)
-        return Drift(self._cross.div_(count), self._gram.div_(count), self._tokens, self._of_inputs)
+    def correction(self) -> Tensor:
+        """The change of the layer's weight, float32 `[out, in]`; none where tokens are fewer than channels.
+
+        The sums are used up.
+        """
+        channels = self._gram.shape[0]
+        if self._tokens < channels:
+            return torch.zeros_like(self._cross)
+        diagonal = self._gram.diagonal()
+        diagonal += diagonal.mean() * channels / self._tokens
+        factor, failed = torch.linalg.cholesky_ex(self._gram)
+        if int(failed):
+            return torch.zeros_like(self._cross)
+        change = torch.cholesky_solve(self._cross.t(), factor).t()
+        return change * (self._tokens / (self._tokens + _BELIEVED * channels))
