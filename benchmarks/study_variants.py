@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from awq.pipeline import block as blocks
-from awq.pipeline import run
+from awq.pipeline import folding, job, run, stacks
 from awq.search import Codes, InputStats, clip, rounding, scale
 from study_ingredients import bias_corrected, by_exact_outputs, weighted_by_gradient
 
@@ -70,7 +71,7 @@ def group_exponents(
             wide = weight * scale.expand(trial, tie)
             values = rounding.fake_quantize(wide, *rounding.full_range(wide, size), grid.bits, grid.dtype)
             change = (values - wide) / scale.expand(trial, tie)
-            total += float(blocks.output_error(change, stats).sum())
+            total += float(stacks.output_error(change, stats).sum())
         return total
 
     magnitude = scale._tied_mean(stats.mean_abs, tie, len(found.scale)).clamp_min(1e-8)
@@ -85,7 +86,7 @@ def group_exponents(
     return dataclasses.replace(found, scale=best, loss=least, label=f"{found.label}, by group")
 
 
-search_scale = blocks.search_scale
+search_scale = folding.search_scale
 
 
 def untied(*args: Any, **kwargs: Any) -> blocks.BlockResult:
@@ -129,11 +130,17 @@ def estimated(
     return refining._refitted(weight, stats, codes)
 
 
+def increasing(*args: Any, calls: Iterator[int] = count(), **kwargs: Any) -> float:
+    """More with each call: the scaled weight is asked about first, and so is the better one."""
+    return float(next(calls))
+
+
 _NO_SCALES: dict[str, Any] = {"scale_steps": 1, "duo_scaling": False}
 _SYMMETRIC = replaced(clip, "_OFFSETS", ())
 _DUO = replaced(scale, "_coarse_to_fine", only_duo)
 _UNTIED = replaced(run, "quantize_block", untied)
-_UNCOMPENSATED = replaced(blocks, "gptq", uncompensated)
+_KEPT = replaced(folding, "_compensated", increasing)
+_UNCOMPENSATED = replaced(stacks, "gptq", uncompensated)
 
 
 def _ordered(order: Callable[[Tensor], Tensor]) -> tuple[Patch, ...]:
@@ -161,7 +168,7 @@ VARIANTS: dict[str, Variant] = {
     "scales and ranges, exact outputs": Variant({"rounding": "nearest"}, (by_exact_outputs,)),
     "scales and ranges, biases corrected": Variant({"rounding": "nearest"}, (bias_corrected,)),
     "scales, ranges, scale estimation": Variant(
-        {"rounding": "gptq", "refine": 2}, (_UNCOMPENSATED, replaced(blocks, "refine", estimated))
+        {"rounding": "gptq", "refine": 2}, (_UNCOMPENSATED, replaced(stacks, "refine", estimated))
     ),
     "all but compensation": Variant({"rounding": "gptq"}, (_UNCOMPENSATED,)),
     "all but refining": Variant({"refine": 0}),
@@ -179,10 +186,20 @@ VARIANTS: dict[str, Variant] = {
     "refining 8 times": Variant({"refine": 8}),
     "every exponent of the grid": Variant({}, (replaced(scale, "_coarse_to_fine", whole_grid),)),
     "twice as fine a grid": Variant({"scale_steps": 40}),
-    "exponents for each group": Variant({}, (replaced(blocks, "search_scale", group_exponents),)),
+    "exponents for each group": Variant({}, (replaced(folding, "search_scale", group_exponents),)),
     "all, exact outputs": Variant({}, (by_exact_outputs,)),
     "all, biases corrected": Variant({}, (bias_corrected,)),
-    "tokens weighted by gradient": Variant({}, (weighted_by_gradient,)),
-    "tuning, 160 steps (preset best)": Variant({"refine": 4, "tune": 160}),
-    "tuning, 400 steps": Variant({"refine": 4, "tune": 400}),
+    "all but correction": Variant({"correction": False}),
+    "all but correction, scales kept without a second judgement": Variant({"correction": False}, (_KEPT,)),
+    "all, scales kept without a second judgement": Variant({}, (_KEPT,)),
+    "all, every sample followed": Variant({}, (replaced(job, "_FOLLOWED", 1),)),
+    "all, half of the samples followed": Variant({}, (replaced(job, "_FOLLOWED", 2),)),
+    "all, an eighth of the samples followed": Variant({}, (replaced(job, "_FOLLOWED", 8),)),
+    # Samples have to come in their order there.
+    "all but correction, tokens weighted by gradient": Variant(
+        {"correction": False}, (weighted_by_gradient,)
+    ),
+    "tuning, 160 steps (preset best)": Variant({"refine": 4, "tune": 160, "correction": False}),
+    "tuning, 160 steps, and correction": Variant({"refine": 4, "tune": 160, "correction": True}),
+    "tuning, 400 steps": Variant({"refine": 4, "tune": 400, "correction": False}),
 }

@@ -74,7 +74,8 @@ class QuantConfig:
             nothing rounded: for another tool to quantize).
         modules_to_not_convert: names, or parts of names, of layers to leave as they are.
         method: `awq` (search scales and clips) or `rtn` (plain rounding to nearest).
-        rounding: `nearest`, `gptq` (error compensation), or `auto`: the better one, block by block.
+        rounding: `nearest`, `gptq` (error compensation), or `auto`: `gptq`, and where that does not better
+            than plain rounding, block by block, `nearest` is tried too.
         scale_steps: points of the scale search between no scaling and full scaling.
         duo_scaling: also try scales that take the weights' magnitude into account.
         clip: search a narrower range for each group.

@@ -24,7 +24,7 @@ _TOLERANCE = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class Sum:
-    """A sum with a layer's output as one term.
+    """A sum with a layer's output as one term, or as the only one.
 
     Args:
         reader: the module whose input it is; None for the block's output.

@@ -27,7 +27,7 @@ from awq.pipeline.finish import REPORT_NAME, finish
 from awq.pipeline.follow import Follower
 from awq.pipeline.job import Job, Request, prepare
 from awq.pipeline.journal import Journal, check_output, lock, open_journal, taken
-from awq.pipeline.memory import peak_memory
+from awq.pipeline.memory import give_back, peak_memory
 from awq.pipeline.mix import common_size
 from awq.pipeline.observe import Batch, measure
 from awq.pipeline.precision import float32_by_default, matmul_precision
@@ -239,6 +239,8 @@ class _Run:
             report = BlockReport(name, spent, done.outcome())
             journal.batch_tokens = feed.batch_tokens  # the hidden states are cut that way
             journal.finish_block(dataclasses.asdict(report), feed.states(), feed.state())
+            del done
+            give_back()
         self.progress.block_done(index, report)
 
     def _worked(self, skeleton: Skeleton, job: Job, block: nn.Module, index: int) -> Done:
@@ -277,7 +279,9 @@ class _Run:
         if feed.followed:
             batches, outputs = feed.at(index, quantized=True), outputs[: feed.followed]
         if sums:
-            correct = Follower(block, sums, batches, {None: outputs, **seen.sums}, self.device)
+            there: dict[str | None, Sequence[torch.Tensor]] = {None: outputs}
+            there.update(seen.sums)
+            correct = Follower(block, sums, batches, there, self.device)
         parted = teaching if self.config.tune else (lambda every: (every, every))
         (taught, held), (targets, wanted) = parted(batches), parted(outputs)
         judge = make_judge(block, held, wanted, self.device)
