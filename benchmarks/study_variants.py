@@ -27,17 +27,32 @@ refining = import_module("awq.search.refine")
 Patch = Callable[[Path, Tensor], Any]
 
 
+calls = count()
+
+
+def increasing(*args: Any, **kwargs: Any) -> float:
+    """More with each call: the scaled weight is asked about first, and so is the better one."""
+    return float(next(calls))
+
+
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """Options that differ from the defaults, and what else is put in place."""
+    """Options that differ from the defaults, and what else is put in place.
+
+    Weights are not corrected unless the options say so, and scales are kept if they help plain rounding: that
+    they have to help behind compensation too is an ingredient of its own, `judged`.
+    """
 
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     patches: tuple[Patch, ...] = ()
+    judged: bool = False
 
     @contextmanager
     def in_place(self, folder: Path, samples: Tensor) -> Iterator[None]:
         """Within a `with` block the product works this way."""
         with ExitStack() as stack:
+            if not self.judged:
+                stack.enter_context(patch.object(folding, "_compensated", increasing))
             for each in self.patches:
                 stack.enter_context(each(folder, samples))
             yield
@@ -130,21 +145,20 @@ def estimated(
     return refining._refitted(weight, stats, codes)
 
 
-def increasing(*args: Any, calls: Iterator[int] = count(), **kwargs: Any) -> float:
-    """More with each call: the scaled weight is asked about first, and so is the better one."""
-    return float(next(calls))
-
-
 _NO_SCALES: dict[str, Any] = {"scale_steps": 1, "duo_scaling": False}
+_CORRECTED: dict[str, Any] = {"correction": True}
 _SYMMETRIC = replaced(clip, "_OFFSETS", ())
 _DUO = replaced(scale, "_coarse_to_fine", only_duo)
 _UNTIED = replaced(run, "quantize_block", untied)
-_KEPT = replaced(folding, "_compensated", increasing)
 _UNCOMPENSATED = replaced(stacks, "gptq", uncompensated)
 
 
 def _ordered(order: Callable[[Tensor], Tensor]) -> tuple[Patch, ...]:
     return replaced(rounding, "visiting_order", order), replaced(refining, "visiting_order", order)
+
+
+def _followed(one_of: int) -> Patch:
+    return replaced(job, "_FOLLOWED", one_of)
 
 
 VARIANTS: dict[str, Variant] = {
@@ -180,7 +194,7 @@ VARIANTS: dict[str, Variant] = {
     "all, symmetric ranges": Variant({}, (_SYMMETRIC,)),
     "all, channels in file order": Variant({}, _ordered(file_order)),
     "all, ordered inside groups of 128": Variant({}, _ordered(partial(order_inside_groups, size=128))),
-    "all (preset balanced)": Variant(),
+    "all": Variant(),
     "refining once": Variant({"refine": 1}),
     "refining 4 times": Variant({"refine": 4}),
     "refining 8 times": Variant({"refine": 8}),
@@ -189,17 +203,15 @@ VARIANTS: dict[str, Variant] = {
     "exponents for each group": Variant({}, (replaced(folding, "search_scale", group_exponents),)),
     "all, exact outputs": Variant({}, (by_exact_outputs,)),
     "all, biases corrected": Variant({}, (bias_corrected,)),
-    "all but correction": Variant({"correction": False}),
-    "all but correction, scales kept without a second judgement": Variant({"correction": False}, (_KEPT,)),
-    "all, scales kept without a second judgement": Variant({}, (_KEPT,)),
-    "all, every sample followed": Variant({}, (replaced(job, "_FOLLOWED", 1),)),
-    "all, half of the samples followed": Variant({}, (replaced(job, "_FOLLOWED", 2),)),
-    "all, an eighth of the samples followed": Variant({}, (replaced(job, "_FOLLOWED", 8),)),
-    # Samples have to come in their order there.
-    "all but correction, tokens weighted by gradient": Variant(
-        {"correction": False}, (weighted_by_gradient,)
-    ),
-    "tuning, 160 steps (preset best)": Variant({"refine": 4, "tune": 160, "correction": False}),
-    "tuning, 160 steps, and correction": Variant({"refine": 4, "tune": 160, "correction": True}),
-    "tuning, 400 steps": Variant({"refine": 4, "tune": 400, "correction": False}),
+    "tokens weighted by gradient": Variant({}, (weighted_by_gradient,)),
+    "scales judged": Variant(judged=True),
+    "corrections": Variant(_CORRECTED),
+    "scales judged, corrections (preset balanced)": Variant(_CORRECTED, judged=True),
+    "scales judged, corrections, an eighth of the samples": Variant(_CORRECTED, (_followed(8),), judged=True),
+    "scales judged, corrections, half of the samples": Variant(_CORRECTED, (_followed(2),), judged=True),
+    "scales judged, corrections, all samples": Variant(_CORRECTED, (_followed(1),), judged=True),
+    "tuning, 160 steps": Variant({"refine": 4, "tune": 160}),
+    "scales judged, tuning, 160 steps (preset best)": Variant({"refine": 4, "tune": 160}, judged=True),
+    "scales judged, corrections, tuning": Variant(_CORRECTED | {"refine": 4, "tune": 160}, judged=True),
+    "tuning, 400 steps": Variant({"refine": 4, "tune": 400}),
 }
