@@ -35,7 +35,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
     python.chmod(0o755)
-    command = [sys.executable, str(BENCHMARKS / "peers.py"), "--samples", "2", "--seq-len", "32"]
+    command = [sys.executable, str(BENCHMARKS / "peers.py"), "--samples", "8", "--seq-len", "64"]
     command += ["--windows", "2", "--threads", "1", "--only", "rtn", "balanced", "autoawq", "mlx-gptq"]
     command += ["--environments", str(folder), "--json", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})

@@ -45,7 +45,7 @@ def find_sums(block: nn.Module, layers: Collection[str], run: Callable[[], Tenso
     """
     with torch.no_grad():
         before = _inputs(block, run)
-        width = before[None].shape[-1]
+        width, size = before[None].shape[-1], before[None].numel()
         linears, within = linears_of(block), expert_names(block)
         found = {}
         for number, name in enumerate(layers):
@@ -53,10 +53,12 @@ def find_sums(block: nn.Module, layers: Collection[str], run: Callable[[], Tenso
                 continue
             with _added(linears[name], number) as addition:
                 after = _inputs(block, run)
+            if len(addition) != 1 or addition[0].numel() != size:
+                continue
             factors = {
-                reader: _multiple(after[reader] - value, addition[-1])
+                reader: _multiple(after[reader] - value, addition[0])
                 for reader, value in before.items()
-                if reader in after and len(addition) == 1
+                if reader in after and value.numel() == after[reader].numel() == size
             }
             sums = [Sum(reader, factor) for reader, factor in factors.items() if factor is not None]
             if sums:
@@ -101,9 +103,7 @@ def _added(linear: nn.Module, seed: int) -> Iterator[list[Tensor]]:
 
 
 def _multiple(change: Tensor, addition: Tensor) -> float | None:
-    """The factor with which `change` is `addition`; None if it is no multiple of it."""
-    if change.numel() != addition.numel():
-        return None
+    """The factor with which `change` is `addition`, as large; None if it is no multiple of it."""
     change, addition = change.reshape(-1).double(), addition.reshape(-1).double()
     square = float(addition @ addition)
     factor = float(change @ addition) / square if square > 0 else 0.0

@@ -65,7 +65,7 @@ class Follower:
         with holding(self._block, codes):
             for batch, wanted in zip(self._batches, self._wanted[place.reader], strict=True):
                 inputs, there = self._seen(name, place.reader, batch)
-                missing = (wanted.to(self._device).view_as(there) - there) / place.factor
+                missing = (wanted.to(self._device).view_as(there) - there).view(-1, out) / place.factor
                 if batch.mask is not None:
                     keep = batch.mask.to(self._device).reshape(-1)
                     missing, inputs = missing[keep], inputs[keep]
@@ -73,7 +73,7 @@ class Follower:
         return weight + drift.correction()
 
     def _seen(self, name: str, reader: str | None, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Inputs of a layer, and the sum behind it, as rows. The block runs no further than to there."""
+        """Inputs of a layer as rows, and the sum behind it. The block runs no further than to there."""
         seen: dict[str | None, Tensor] = {}
         keep = None if batch.mask is None else batch.mask.to(self._device)
         with ExitStack() as stack:
@@ -85,10 +85,10 @@ class Follower:
             stack.enter_context(only_tokens(self._block, keep))
             try:
                 output = batch.run(self._block, self._device)
-                seen[None] = output.reshape(-1, output.shape[-1])
+                seen[None] = output
             except _Enough:
                 pass
-        return seen[name], seen[reader]
+        return seen[name].flatten(0, -2), seen[reader].contiguous()
 
 
 class _Enough(Exception):  # noqa: N818 - no error
@@ -98,8 +98,7 @@ class _Enough(Exception):  # noqa: N818 - no error
 def _note(
     seen: dict[str | None, Tensor], place: str, last: bool, module: nn.Module, args: Any, kwargs: Any
 ) -> None:
-    """Keep the first tensor that a module is given, as rows."""
-    given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-    seen[place] = given.reshape(-1, given.shape[-1])
+    """Keep the first tensor that a module is given."""
+    seen[place] = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     if last:
         raise _Enough
