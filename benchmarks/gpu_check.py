@@ -64,7 +64,7 @@ def check(kernel: Kernel) -> dict[str, Any]:
 
 
 def check_magnitudes(kernel: Kernel) -> int:
-    """Very small and very large bfloat16 activations, and such whose mean is far from zero: how many cases."""
+    """Very small and very large bfloat16 activations, and such far from zero in the mean: how many cases."""
     weight = random_weight(1032, 4096, 128)
     state, exact_weight = kernel.prepare(weight, torch.bfloat16), weight.dequantize().double().t()
     cases = list(itertools.product((1, 8, 16, 65), (2.0**-50, 1.0, 2.0**55), (0, 30)))

@@ -1,6 +1,6 @@
 """How each product is launched: a table by rows and shape, measured once, never searched at the user's.
 
-Measured on an H100 (132 processors) on the layers of Llamas of 8 and 70 billion weights, in groups of 128
+Measured on an H100 and an H200 (132 processors) on the layers of Llamas of 8 and 70 billion weights, in groups of 128
 (`benchmarks/gpu_kernels.py`). What moves to other devices is the rule, not the numbers: enough programs to
 fill the processors, no more shares of a sum than that takes, and pipelines that fit the shared memory.
 """
@@ -58,7 +58,7 @@ _LARGE = (DENSE_ROWS, 128, 128, 8, 1)
 _HOPPER = 90
 # Compiled and checked under the interpreter; no such device has been measured.
 _MANY_HIP = ((16, 16, 64, 4, 2), (32, 32, 64, 4, 2), (DENSE_ROWS, 64, 64, 8, 2))
-# Shares of a sum; what it takes to begin and end one, in chunks; what more of them must save.
+# Numbers of shares of a sum; what it takes to begin and to end one, in chunks; what more of them must save.
 _SPLITS = (2, 3, 4, 8)
 _FIXED = 5
 _SAVED = 0.07
