@@ -1,8 +1,9 @@
 """How each product is launched: a table by rows and shape, measured once, never searched at the user's.
 
-Measured on an H100 and an H200 (132 processors) on the layers of Llamas of 8 and 70 billion weights, in groups
-of 128 (`benchmarks/gpu_kernels.py`). What moves to other devices is the rule, not the numbers: enough programs to
-fill the processors, no more shares of a sum than that takes, and pipelines that fit the shared memory.
+Measured on an H100 and an H200 (132 processors) on the layers of Llamas of 8 and 70 billion weights, in
+groups of 128 (`benchmarks/gpu_kernels.py`). What moves to other devices is the rule, not the numbers: enough
+programs to fill the processors, no more shares of a sum than that takes, and pipelines that fit the shared
+memory.
 """
 
 from __future__ import annotations
