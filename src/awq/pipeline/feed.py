@@ -27,8 +27,8 @@ _PROBE_ROWS, _PROBE_TOKENS, _SINGLE_TOKENS = 2, 24, 16
 _MOST_PROBE_TOKENS = 4096
 # Samples that are followed at least, if there are as many.
 _FEWEST_FOLLOWED = 8
-# Of the hidden states, at most: before and behind a block, of its float and of its quantized self.
-_COPIES = 4
+# Of the hidden states, at most: before and behind a block, of its float and of its quantized self, and a sum.
+_COPIES = 5
 
 
 class Feed:
