@@ -125,8 +125,8 @@ def predict_peak(
 
     The largest block counts twice (its weights, and a candidate's values) plus a byte a weight for each of
     three candidates' codes; G of every distinct input, and four times the largest for its inverse; the
-    activations of a batch; the hidden states before and behind the block, and of the samples that are followed
-    those of the quantized blocks and a sum inside the block. Tuning holds for each weight what moves it and its
+    activations of a batch; the hidden states before and behind the block, and for samples followed those of
+    the quantized blocks and a sum inside the block. Tuning holds for each weight what moves it and its
     gradients.
     """
     peak, a_weight = surrounding_bytes, 11 + (_TUNING_BYTES if tuning else 0)
