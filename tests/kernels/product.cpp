@@ -9,9 +9,9 @@ extern "C" {
 int openawq_start(void*);
 int openawq_w4(
     const void*, int64_t, int, int64_t, int64_t, int64_t, const void*, const void*, int, const void*, int64_t,
-    void*, int, int);
-void openawq_pack(const uint8_t*, int64_t, int64_t, uint8_t*, int);
-void openawq_unpack(const uint8_t*, int64_t, int64_t, uint8_t*, int);
+    int, void*, int, int);
+void openawq_pack(const uint8_t*, int64_t, int64_t, int, uint8_t*, int);
+void openawq_unpack(const uint8_t*, int64_t, int64_t, int, uint8_t*, int);
 }
 
 static std::vector<uint8_t> take(int64_t bytes) {
@@ -27,7 +27,7 @@ static void give(const std::vector<uint8_t>& content) {
 int main() {
     if (openawq_start(nullptr)) return 1;
     struct {
-        int64_t rows, columns, outputs, group, x_kind, scale_kind, digits;
+        int64_t rows, columns, outputs, group, x_kind, scale_kind, planes, digits;
     } of;
     while (std::fread(&of, sizeof(of), 1, stdin) == 1) {
         const int64_t groups = of.columns / of.group, blocks = (of.outputs + 63) / 64;
@@ -35,13 +35,14 @@ int main() {
         const auto codes = take(of.outputs * of.columns), zeros = take(groups * of.outputs);
         const auto scales = take(groups * of.outputs * width(of.scale_kind));
         const auto x = take(of.rows * of.columns * width(of.x_kind));
-        std::vector<uint8_t> packed(blocks * 32 * of.columns), back(codes.size());
+        std::vector<uint8_t> packed(blocks * of.planes * 32 * of.columns), back(codes.size());
         std::vector<uint8_t> out(of.rows * of.outputs * width(of.x_kind));
-        openawq_pack(codes.data(), of.outputs, of.columns, packed.data(), 1);
-        openawq_unpack(packed.data(), of.outputs, of.columns, back.data(), 1);
+        openawq_pack(codes.data(), of.outputs, of.columns, int(of.planes), packed.data(), 1);
+        openawq_unpack(packed.data(), of.outputs, of.columns, int(of.planes), back.data(), 1);
         if (openawq_w4(
                 x.data(), of.columns, int(of.x_kind), of.rows, of.columns, of.outputs, packed.data(),
-                scales.data(), int(of.scale_kind), zeros.data(), of.group, out.data(), int(of.digits), 1))
+                scales.data(), int(of.scale_kind), zeros.data(), of.group, int(of.planes), out.data(),
+                int(of.digits), 1))
             return 2;
         give(out);
         give(back);

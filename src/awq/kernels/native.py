@@ -214,10 +214,10 @@ def _declare(library: Any) -> None:
     library.openawq_start.argtypes = [pointer]
     library.openawq_w4.argtypes = [
         *(pointer, whole, number, whole, whole, whole),
-        *(pointer, pointer, number, pointer, whole, pointer, number, number),
+        *(pointer, pointer, number, pointer, whole, number, pointer, number, number),
     ]
     for name in ("openawq_pack", "openawq_unpack"):
-        getattr(library, name).argtypes = [pointer, whole, whole, pointer, number]
+        getattr(library, name).argtypes = [pointer, whole, whole, number, pointer, number]
         getattr(library, name).restype = None
 
 
