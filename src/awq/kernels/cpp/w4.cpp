@@ -151,16 +151,16 @@ void multiply_any(
 void read_group(const Call& call, int64_t block, int64_t g, int plane, float* scales, float* zeros) {
     const int64_t at = g * call.outputs + block * BLOCK;
     const int64_t left = call.outputs - block * BLOCK;
-    const int n = left < BLOCK ? int(left) : BLOCK;
-    if (n == BLOCK) {
-        read(scales, call.scales, at, call.scale_kind, BLOCK);
-    } else {
-        uint8_t last[4 * BLOCK] = {};
-        const int width = call.scale_kind == FLOAT32 ? 4 : 2;
-        std::memcpy(last, static_cast<const uint8_t*>(call.scales) + at * width, n * width);
-        read(scales, last, 0, call.scale_kind, BLOCK);
+    const int width = call.scale_kind == FLOAT32 ? 4 : 2;
+    const uint8_t* from_scales = static_cast<const uint8_t*>(call.scales) + at * width;
+    const uint8_t* from_zeros = call.zeros + at;
+    uint8_t last_scales[4 * BLOCK] = {}, last_zeros[BLOCK] = {};
+    if (left < BLOCK) {
+        from_scales = static_cast<const uint8_t*>(std::memcpy(last_scales, from_scales, left * width));
+        from_zeros = static_cast<const uint8_t*>(std::memcpy(last_zeros, from_zeros, left));
     }
-    for (int i = 0; i < BLOCK; i++) zeros[i] = i < n ? call.zeros[at + i] >> 4 * plane & 15 : 0;
+    read(scales, from_scales, 0, call.scale_kind, BLOCK);
+    for (int i = 0; i < BLOCK; i++) zeros[i] = float(from_zeros[i] >> 4 * plane & 15);
     if (plane == 1)
         for (int i = 0; i < BLOCK; i++) scales[i] *= 16;
 }
