@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from awq.kernels import cpu_native, native
-from awq.kernels.cpu_native import _KINDS, _multiply, _prepare
+from awq.kernels.cpu_native import KINDS, _multiply, _prepare
 from random_weights import random_weight
 
 # A processor that has each set of instructions and not the next.
@@ -63,7 +63,7 @@ def test_arm_gives_the_same_bits(compiler: str, name: str, tmp_path: Path) -> No
         inputs = inputs.to(dtype)
         for digits in (1, 2, 3):
             planes = 1 if bits <= 4 else 2
-            header = (rows, columns, out, group, _KINDS[dtype], _KINDS[scales], planes, digits)
+            header = (rows, columns, out, group, KINDS[dtype], KINDS[scales], planes, digits)
             asked.append(struct.pack("<8q", *header))
             asked += [content(part) for part in (weight.codes, weight.zeros.t(), weight.scales.t(), inputs)]
             expected.append(content(_multiply(here, inputs, _prepare(here, weight), digits)))

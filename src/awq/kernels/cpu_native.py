@@ -29,7 +29,7 @@ from awq.kernels import native
 from awq.kernels.spec import LayerSpec
 from awq.weight import QuantizedWeight
 
-_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _BLOCK = 64
 _HUGE = 2 << 20
 # Layers in large pages: each takes two of the 65,530 mappings that Linux allows a process.
@@ -78,15 +78,15 @@ class CpuNative:
 
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> State:
         """Arrange the codes in blocks."""
-        return _prepare(_library(), weight)
+        return _prepare(loaded(), weight)
 
     def forward(self, inputs: Tensor, state: State) -> Tensor:
         """The product for inputs of any shape; a row with NaN or infinity in it becomes NaN."""
-        return _multiply(_library(), inputs, state, self.digits(inputs.dtype))
+        return _multiply(loaded(), inputs, state, self.digits(inputs.dtype))
 
     def codes(self, state: State) -> Tensor:
         """Undo the arrangement."""
-        return _codes(_library(), state)
+        return _codes(loaded(), state)
 
     def digits(self, dtype: torch.dtype) -> int:
         """Bytes of an activation."""
@@ -108,7 +108,12 @@ def load() -> native.Native | str:
     return native.load(is_right)
 
 
-def _library() -> native.Native:
+def loaded() -> native.Native:
+    """The library.
+
+    Raises:
+        KernelError: there is none.
+    """
     found = load()
     if isinstance(found, str):
         raise KernelError(f"the C++ product for CPUs cannot be used: {found}")
@@ -124,7 +129,7 @@ def _prepare(found: native.Native, weight: QuantizedWeight) -> State:
     packed = memory(math.prod(shape)).view(shape)
     threads = torch.get_num_threads()
     found.library.openawq_pack(codes.data_ptr(), rows, columns, planes, packed.data_ptr(), threads)
-    scales = weight.scales if weight.scales.dtype in _KINDS else weight.scales.float()
+    scales = weight.scales if weight.scales.dtype in KINDS else weight.scales.float()
     zeros = weight.zeros.t().contiguous()
     return State(packed, scales.t().contiguous(), zeros, columns // scales.shape[1], planes)
 
@@ -149,7 +154,7 @@ def memory(size: int) -> Tensor:
 
 
 def _multiply(found: native.Native, inputs: Tensor, state: State, digits: int) -> Tensor:
-    if inputs.dtype not in _KINDS:
+    if inputs.dtype not in KINDS:
         return _multiply(found, inputs.float(), state, digits).to(inputs.dtype)
     scales, zeros = state.scales_by_group, state.zeros_by_group
     outputs = scales.shape[1]
@@ -165,13 +170,13 @@ def _multiply(found: native.Native, inputs: Tensor, state: State, digits: int) -
     failed = found.library.openawq_w4(
         inputs.data_ptr(),
         stride,
-        _KINDS[inputs.dtype],
+        KINDS[inputs.dtype],
         rows,
         columns,
         outputs,
         state.packed.data_ptr(),
         scales.data_ptr(),
-        _KINDS[scales.dtype],
+        KINDS[scales.dtype],
         zeros.data_ptr(),
         state.group_size,
         state.planes,

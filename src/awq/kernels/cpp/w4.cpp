@@ -13,12 +13,14 @@
 // Codes of more than 4 bits lie in two planes, [blocks][2][in / 8][64 outputs][4 bytes]: their low nibbles, then
 // their high ones, which count sixteen times. A byte of theirs costs what a byte of two 4-bit codes does.
 
-#include <atomic>
 #include <cstdlib>
 #include <optional>
 
 #include "activations.h"
+#include "attention.h"
+#include "norm.h"
 #include "simd.h"
+#include "threads.h"
 #if defined(__AMX_INT8__)
 #include "amx.h"
 #endif
@@ -254,34 +256,6 @@ void multiply_block(const Call& call, int64_t block, int64_t first, int rows) {
             left < BLOCK ? int(left) : BLOCK);
 }
 
-// ---- threads -----------------------------------------------------------------------------------------------
-
-// PyTorch's own pool: another one beside it would fight for the cores. The signature is that of GOMP_parallel,
-// which GNU's, LLVM's and Intel's OpenMP libraries all have.
-using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-Parallel pool = nullptr;
-
-template <class F>
-struct Loop {
-    const F& body;
-    int64_t count;
-    std::atomic<int64_t> next{0};
-    static void run(void* self) {
-        Loop& loop = *static_cast<Loop*>(self);
-        for (int64_t i; (i = loop.next.fetch_add(1)) < loop.count;) loop.body(i);
-    }
-};
-
-template <class F>
-void parallel(int threads, int64_t count, const F& body) {
-    Loop<F> loop{body, count};
-    if (threads > count) threads = int(count);
-    if (threads > 1 && pool != nullptr)
-        pool(&Loop<F>::run, &loop, unsigned(threads), 0);
-    else
-        Loop<F>::run(&loop);
-}
-
 template <int D>
 void multiply(const Call& call, int threads) {
     const bool small = call.rows * call.columns < 32768;
@@ -381,5 +355,31 @@ void openawq_unpack(
                 }
             }
     });
+}
+
+// out [rows, columns] = x over the root of its mean square, times the weight; see norm.h.
+void openawq_norm(
+    const void* x, int kind, int64_t rows, int64_t columns, const void* weight, int weight_kind, float offset,
+    float epsilon, int rounds, void* out, int threads) {
+    const Norm norm{x, Kind(kind), rows, columns, weight, Kind(weight_kind), offset, epsilon, rounds != 0, out};
+    parallel(rows * columns < 32768 ? 1 : threads, rows, [&](int64_t row) { normalize(norm, row); });
+}
+
+// out [batch, heads, size] = attention of one token; 0, or 1 when there is no memory for it. Strides, in
+// elements, are those of batch and head of the query; of batch, head and position of keys, then of values; and of
+// batch and position of the mask, which may be null.
+int openawq_attend(
+    const void* query, const void* keys, const void* values, int kind, const void* mask, const int64_t* strides,
+    int64_t batch, int64_t heads, int64_t shared, int64_t length, int64_t size, float scale, void* out,
+    int threads) {
+    const Attention call{query, keys, values, Kind(kind), static_cast<const uint8_t*>(mask), strides,
+                         heads, shared, length, size, scale, out};
+    const int64_t tasks = batch * (heads / shared), floats = floats_of(call);
+    float* memory = static_cast<float*>(std::malloc(sizeof(float) * size_t(tasks * floats)));
+    if (memory == nullptr) return 1;
+    if (batch * heads * length * size < 200000) threads = 1;
+    parallel(threads, tasks, [&](int64_t task) { attend(call, task, memory + task * floats); });
+    std::free(memory);
+    return 0;
 }
 }
