@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from awq.kernels import cpu_native, native
+from awq.kernels.cpu_decoding import attend, rms_norm
 from awq.kernels.cpu_native import KINDS, _multiply, _prepare
 from random_weights import random_weight
 
@@ -68,6 +69,17 @@ def test_arm_gives_the_same_bits(compiler: str, name: str, tmp_path: Path) -> No
             asked += [content(part) for part in (weight.codes, weight.zeros.t(), weight.scales.t(), inputs)]
             expected.append(content(_multiply(here, inputs, _prepare(here, weight), digits)))
             expected.append(content(weight.codes))
+    for dtype, rows, columns in itertools.product(DTYPES, (3, 37), (16, 272)):
+        generator = torch.Generator().manual_seed(rows)
+        x, weight, query, key, value = (
+            torch.randn(shape, generator=generator).to(dtype)
+            for shape in ((rows, columns), (columns,), (1, 4, 1, columns), *2 * [(1, 2, rows, columns)])
+        )
+        mask = torch.rand(1, 1, 1, rows, generator=generator) < 0.8
+        asked.append(struct.pack("<8q", rows, columns, 0, 0, KINDS[dtype], 0, 0, 0))
+        asked += [content(part) for part in (x, weight, query, key, value, mask)]
+        expected.append(content(rms_norm(x, weight, 1e-5, 1.0, rounds=False)))
+        expected.append(content(attend(query, key, value, mask, 0.2)))
     command = ["qemu-aarch64", "-cpu", EMULATED[name], str(program)]
     done = subprocess.run(command, input=b"".join(asked), capture_output=True, check=True)
     got = done.stdout
