@@ -97,29 +97,37 @@ def rule_of(module: nn.Module, dtype: torch.dtype) -> Rule | None:
     return None
 
 
+def _with_random_weight(module: nn.Module) -> tuple[nn.Module, Tensor]:
+    """A copy of a module, and its weight: with ones or zeros, rules could not be told apart."""
+    probe = copy.deepcopy(module)
+    weight: Any = probe.weight
+    weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)))
+    return probe, weight
+
+
 def _computes(module: nn.Module, epsilon: float, offset: float) -> bool:
     """Whether a copy in float32 with random weights is a norm with this eps and this offset of the weight."""
-    probe = copy.deepcopy(module).float()
-    weight: Any = probe.weight
+    probe, weight = _with_random_weight(module)
+    probe, weight = probe.float(), weight.float()
     generator = torch.Generator().manual_seed(0)
-    weight.copy_(torch.randn(weight.shape, generator=generator))
     x = torch.randn(len(_SIZES), weight.numel(), generator=generator) * torch.tensor(_SIZES).unsqueeze(1)
     expected = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * (weight + offset)
     off = (probe(x) - expected).abs().amax(-1)
     return bool((off <= _CLOSE * expected.abs().amax(-1)).all())
 
 
-def _rounding(module: Any, rule: Rule) -> Rule | None:
+def _rounding(module: nn.Module, rule: Rule) -> Rule | None:
     """The rule with the place of its rounding, if results are at most one rounding away from the module's."""
-    x = torch.randn(8, module.weight.numel(), generator=torch.Generator().manual_seed(1)).to(rule.dtype)
-    expected = module(x)
+    probe, weight = _with_random_weight(module)
+    x = torch.randn(8, weight.numel(), generator=torch.Generator().manual_seed(1)).to(rule.dtype)
+    expected = probe(x)
     if expected.dtype != rule.dtype:
         return None
     # Sums of float32 have no order of their own.
     close = max(1.01 * torch.finfo(rule.dtype).eps, 1e-6)
     best: tuple[int, Rule] | None = None
     for rounds in (True, False):
-        off = rms_norm(x, module.weight, rule.epsilon, rule.offset, rounds).float() - expected.float()
+        off = rms_norm(x, weight, rule.epsilon, rule.offset, rounds).float() - expected.float()
         if bool((off.abs() <= close * expected.float().abs()).all()):
             different = int((off != 0).sum())
             if best is None or different < best[0]:
