@@ -46,12 +46,13 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--decode", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = make_model(options.folder or Path(temporary), options)
-        models = {name: load_quantized(folder, dtype=torch.bfloat16, **way) for name, way in WAYS.items()}
+        models = {name: load_quantized(folder, dtype=torch.bfloat16, **WAYS[name]) for name in options.ways}
     times: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(options.rounds + 1):
         ids = torch.randint(1, options.vocabulary, (1, options.prompt))

@@ -50,20 +50,24 @@ static inline void attend(const Attention& call, int64_t task, float* memory) {
     }
     std::memset(sums, 0, sizeof(float) * call.shared * size);
 
-    const auto fetch_rows = [&](const void* from, const int64_t* by, int64_t first, int n) {
+    // Rows past the last one are zeros.
+    const auto fetch_rows = [&](const void* from, const int64_t* by, int64_t first) {
         const int64_t start = batch * by[0] + group * by[1];
-        for (int i = 0; i < n; i++)
-            read(rows + i * size, from, start + positions[first + i] * by[2], call.kind, int(size));
+        for (int i = 0; i < AT_ONCE; i++) {
+            if (first + i < count)
+                read(rows + i * size, from, start + positions[first + i] * by[2], call.kind, int(size));
+            else
+                std::memset(rows + i * size, 0, sizeof(float) * size);
+        }
     };
     for (int64_t first = 0; first < count; first += AT_ONCE) {
-        const int n = int(count - first < AT_ONCE ? count - first : AT_ONCE);
-        fetch_rows(call.keys, strides + 2, first, n);
+        fetch_rows(call.keys, strides + 2, first);
         for (int64_t h = 0; h < call.shared; h++) {
             Wide products[AT_ONCE];
             for (int64_t d = 0; d < size; d += WIDE)
-                for (int i = 0; i < AT_ONCE; i++)  // of rows past the last one nothing is kept
+                for (int i = 0; i < AT_ONCE; i++)
                     products[i].add_product(queries + h * size + d, rows + i * size + d);
-            for (int i = 0; i < n; i++) scores[h * room + first + i] = products[i].total();
+            for (int i = 0; i < AT_ONCE; i++) scores[h * room + first + i] = products[i].total();
         }
     }
     for (int64_t h = 0; h < call.shared; h++) {
@@ -71,24 +75,25 @@ static inline void attend(const Attention& call, int64_t task, float* memory) {
         float most = -INFINITY;
         for (int64_t i = 0; i < count; i++) most = row[i] > most ? row[i] : most;
         for (int64_t i = 0; i < count; i++) row[i] -= most;
-        for (int64_t i = count; i < (count + WIDE - 1) / WIDE * WIDE; i++) row[i] = 0;
+        const int64_t rest = (count + WIDE - 1) / WIDE * WIDE - count;
+        std::memset(row + count, 0, sizeof(float) * rest);
         for (int64_t i = 0; i < count; i += WIDE) exponentials(row + i, row + i);
+        std::memset(row + count, 0, sizeof(float) * rest);
         alignas(64) static constexpr float ones[WIDE] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-        for (int64_t i = count; i < (count + WIDE - 1) / WIDE * WIDE; i++) row[i] = 0;
         Wide total;
         for (int64_t i = 0; i < count; i += WIDE) total.add_product(row + i, ones);
         const float inverse = 1 / total.total();
         for (int64_t i = 0; i < count; i++) row[i] *= inverse;
     }
     for (int64_t first = 0; first < count; first += AT_ONCE) {
-        const int n = int(count - first < AT_ONCE ? count - first : AT_ONCE);
-        fetch_rows(call.values, strides + 5, first, n);
+        fetch_rows(call.values, strides + 5, first);
         for (int64_t h = 0; h < call.shared; h++) {
             float* sum = sums + h * size;
             const float* weights = scores + h * room + first;
             for (int64_t d = 0; d < size; d += LANES) {
                 fvec part = fload(sum + d);
-                for (int i = 0; i < n; i++) part = fma(fset(weights[i]), fload(rows + i * size + d), part);
+                for (int i = 0; i < AT_ONCE; i++)
+                    part = fma(fset(weights[i]), fload(rows + i * size + d), part);
                 fstore(sum + d, part);
             }
         }

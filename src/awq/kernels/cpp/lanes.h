@@ -19,9 +19,9 @@ struct Wide {
     float total() const {
         alignas(64) float sums[WIDE];
         for (int v = 0; v < WIDE / LANES; v++) fstore(sums + v * LANES, parts[v]);
-        for (int n = WIDE / 2; n > 0; n /= 2)
-            for (int i = 0; i < n; i++) sums[i] += sums[i + n];
-        return sums[0];
+        for (int i = 0; i < 8; i++) sums[i] += sums[i + 8];
+        for (int i = 0; i < 4; i++) sums[i] += sums[i + 4];
+        return (sums[0] + sums[2]) + (sums[1] + sums[3]);
     }
 };
 
