@@ -59,7 +59,22 @@ def check(kernel: Kernel) -> dict[str, Any]:
             worst[str(dtype)] = max(worst[str(dtype)], error)
             cases += 1
     check_graph(kernel)
+    cases += check_magnitudes(kernel)
     return {"cases": cases, "largest relative error": worst}
+
+
+def check_magnitudes(kernel: Kernel) -> int:
+    """Very small and very large bfloat16 activations, and such far from zero in the mean: how many cases."""
+    weight = random_weight(1032, 4096, 128)
+    state, exact_weight = kernel.prepare(weight, torch.bfloat16), weight.dequantize().double().t()
+    cases = list(itertools.product((1, 8, 16, 65), (2.0**-50, 1.0, 2.0**55), (0, 30)))
+    for rows, factor, mean in cases:
+        inputs = ((torch.randn(rows, 4096, device="cuda") + mean) * factor).bfloat16()
+        expected = inputs.double() @ exact_weight
+        error = float((kernel.forward(inputs, state).double() - expected).norm() / expected.norm())
+        case = f"{kernel.name}: {rows} rows, activations of {mean} +- 1 times {factor:.1e}: {error:.2e}"
+        assert error < TOLERANCES[torch.bfloat16], case
+    return len(cases)
 
 
 def check_graph(kernel: Kernel, tolerance: float = 0.0) -> float:

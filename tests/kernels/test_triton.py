@@ -161,14 +161,20 @@ def test_few_output_channels_are_shared_out_until_the_processors_are_busy() -> N
     assert wide.split == 1
 
 
+def test_shares_of_a_sum_fill_the_last_turn_of_the_processors() -> None:
+    """160 tiles leave 104 of 264 places empty; three shares each are 480, nearly two turns of a third."""
+    assert launch_for(64, 10240, 8192, 64, H100).split == 3
+    assert launch_for(64, 14336, 4096, 64, H100).split == 1
+
+
 def test_few_programs_begin_early_and_many_do_not() -> None:
-    assert launch_for(1, 6144, 4096, 64, H100).early
-    assert not launch_for(1, 14336, 4096, 64, H100).early
+    assert launch_for(4, 6144, 4096, 64, H100).early
+    assert not launch_for(4, 14336, 4096, 64, H100).early
+    assert not launch_for(4, 6144, 4096, 64, SMALL).early
 
 
-def test_the_programs_of_a_wide_merge_begin_early_for_one_row_if_all_of_them_run_at_once() -> None:
+def test_the_programs_of_a_wide_merge_begin_early_if_all_of_them_run_at_once() -> None:
     assert launch_for(1, 28672, 4096, 64, H100).early
-    assert not launch_for(2, 28672, 4096, 64, H100).early
     assert not launch_for(1, 57344, 8192, 64, H100).early
 
 

@@ -91,7 +91,7 @@ def product(gpu: Gpu, rows: int, dtype: torch.dtype, group: int = 128, out: int 
         "PTX": not gpu.device.hip,
     }
     if launch.side:
-        constants |= {"SIDE": launch.side, "ONE": rows == 1, "EARLY": launch.early}
+        constants |= {"SIDE": launch.side, "STAGES": launch.stages, "ONE": rows == 1, "EARLY": launch.early}
         return compiled(gpu, "few_rows", dtype, constants, launch)
     return compiled(gpu, "many_rows", dtype, constants | {"SPLIT": max(launch.split, 2)}, launch)
 
@@ -136,11 +136,22 @@ def test_narrow_groups_fit_too(rows: int, dtype: torch.dtype, tmp_path: Path) ->
 
 def test_codes_are_read_ahead_and_multiplied_by_the_matrix_units() -> None:
     """What speed rests on: asynchronous copies of 16 bytes, two codes unpacked at once, matrix units."""
-    for rows, instruction in ((1, "mma.sync.aligned.m16n8k16"), (64, "wgmma.mma_async")):
+    for rows, instruction, unpacked in (
+        (1, "mma.sync.aligned.m16n8k16", f"and.b32 .*, {0x000F000F};"),
+        (64, "wgmma.mma_async", "0x000F000F, 0x64006400"),
+    ):
         text = product(H100, rows, torch.float16).asm["ptx"]
         assert re.search(r"cp\.async\.cg\.shared\.global.*0x10", text)
-        assert "0x000F000F, 0x64006400" in text
+        assert re.search(unpacked, text)
         assert instruction in text
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_all_that_few_rows_read_is_read_ahead(dtype: torch.dtype) -> None:
+    """No load but asynchronous ones: scales too, though only sums depend on them."""
+    text = product(H100, 8, dtype, out=6144).asm["ptx"]
+    assert "cp.async.ca.shared.global" in text
+    assert "ld.global" not in text
 
 
 @pytest.mark.parametrize(("gpu", "early"), [(GPUS[0], False), (H100, True)], ids=lambda each: str(each)[:12])

@@ -81,7 +81,13 @@ def _first(inputs: Tensor, state: State, out: Tensor, launch: Launch, ptx: bool)
     if launch.side:
         program, grid = triton_programs.few_rows, (across, 1, 1)
         early = launch.early and ptx
-        constants |= {"SIDE": launch.side, "ONE": rows == 1, "EARLY": early}
+        constants |= {
+            "WHOLE": state.in_features % (4 * plane * launch.side) == 0,
+            "SIDE": launch.side,
+            "STAGES": launch.stages,
+            "ONE": rows == 1,
+            "EARLY": early,
+        }
         if early:
             options["launch_pdl"] = True
     else:

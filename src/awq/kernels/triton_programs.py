@@ -7,7 +7,8 @@ nor sent through shared memory again. A plane never crosses a group, for PLANE d
 
 `pairs` `[groups, out_features]` holds a scale and a zero point in one int32: the bits of a float32, of which
 the lowest four are the zero point. Code - zero is exact in the activations' type; products are added up in
-float32 group by group, and the scale is applied to the sum, so no weight is ever rounded.
+float32 group by group, and the scale is applied to the sum, so no weight is ever rounded. For few rows the
+codes are multiplied without their zero points, which are taken off the sums.
 
 Sums that several programs share are written down and added in a fixed order by the last one to arrive: the
 same inputs give the same bits, whatever the order in which programs run.
@@ -74,6 +75,29 @@ def _scales_of(pairs):
     return (pairs & -16).to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def _subnormal(words, NIBBLE: tl.constexpr, BF16: tl.constexpr, PTX: tl.constexpr):
+    """The codes of one nibble of `words` as the lowest bits of floats: as many times 2 ** -133 in bfloat16,
+    2 ** -24 in float16.
+
+    In bfloat16 nibbles 1 and 3 are left where they are, sixteen times as large: one shift serves two nibbles.
+    """
+    SHIFT: tl.constexpr = 8 * (NIBBLE // 2) if BF16 else 4 * NIBBLE
+    MASK: tl.constexpr = 0x00F000F0 if BF16 and NIBBLE % 2 == 1 else 0x000F000F
+    if PTX:
+        codes = tl.inline_asm_elementwise(
+            f"{{ .reg .b32 t; shr.u32 t, $1, {SHIFT}; and.b32 $0, t, {MASK}; }}",
+            "=r,r",
+            [words],
+            dtype=tl.bfloat16 if BF16 else tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        codes = ((words >> SHIFT) & (MASK & 0xFF)).to(tl.bfloat16 if BF16 else tl.float16, bitcast=True)
+    return codes
+
+
 @triton.jit(do_not_specialize=["rows"])
 def few_rows(
     x_ptr,
@@ -91,6 +115,7 @@ def few_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SIDE: tl.constexpr,
+    STAGES: tl.constexpr,
     ONE: tl.constexpr,
     EARLY: tl.constexpr,
     BF16: tl.constexpr,
@@ -101,13 +126,21 @@ def few_rows(
     A program computes BLOCK_N output channels. SIDE chunks side by side are a batch of products, one for each
     warp, added up at the end: few output channels are enough to keep a whole processor reading.
 
-    PER_GROUP: planes of a chunk that share a group; WHOLE: chunks fill the input channels. ONE: there is one
-    row, read once and multiplied as if it were many, which leaves more memory for what is read ahead. EARLY:
-    programs are launched before the launch ahead has ended, and wait for that; the next launch may begin only
-    then, so whoever waits for the launch just ahead of it has waited for all.
+    Unpacking would take longer than all the rest. So codes are multiplied as they lie there, as subnormal
+    numbers, which NVIDIA's matrix units take (Fasi et al., Numerical behavior of NVIDIA tensor cores, 2021),
+    and zero points are taken off the sums: zero * (sum of the group's activations), a product with ones.
+    bfloat16 activations are first multiplied by powers of two, exactly below 2 ** 63, so that products stay
+    clear of the smallest float32.
+
+    PER_GROUP: planes of a chunk that share a group; WHOLE: all SIDE chunks of each step lie within the input
+    channels. ONE: there is one row, read once and multiplied as if it were many, which leaves more memory for
+    what is read ahead, which is STAGES steps. EARLY: programs are launched before the launch ahead has ended,
+    and wait for that; the next launch may begin only then, so whoever waits for the launch just ahead of it
+    has waited for all.
     """
     CHUNK: tl.constexpr = 4 * PLANE
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_n = tl.program_id(0) * BLOCK_N
+    n = first_n + tl.arange(0, BLOCK_N)
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -116,39 +149,51 @@ def few_rows(
     side = tl.arange(0, SIDE)
     n_inside = (n < out_features)[None, :]
     m_inside = (m < rows)[None, None, :]
-    words_at = words_ptr + n.to(tl.int64)[None, :, None] * row_words + side[:, None, None] * PLANE + column
-    x_at = x_ptr + m[None, None, :] * in_features + side[:, None, None] * CHUNK + column[None, :, None]
+    # Offsets within a tile need 32 bits only: half the instructions that addresses of 64 take.
+    words_ptr += first_n.to(tl.int64) * row_words
+    words_at = tl.arange(0, BLOCK_N)[None, :, None] * row_words + side[:, None, None] * PLANE + column
+    x_at = m[None, None, :] * in_features + side[:, None, None] * CHUNK + column[None, :, None]
     total = tl.zeros((SIDE, BLOCK_N, BLOCK_M), tl.float32)
     chunks = tl.cdiv(in_features, CHUNK)
-    for first in range(0, chunks, SIDE):
+    for first in tl.range(0, chunks, SIDE, num_stages=STAGES):
         inside = (first + side < chunks)[:, None]
-        words = tl.load(words_at + first * PLANE, mask=(inside & n_inside)[:, :, None], other=0)
+        in_words = n_inside if WHOLE else inside & n_inside
+        words = tl.load(words_ptr + first * PLANE + words_at, mask=in_words[:, :, None], other=0)
         for part in tl.static_range(4 // PER_GROUP):
             channel = (first + side) * CHUNK + part * PER_GROUP * PLANE
-            in_part = inside if WHOLE else inside & (channel < in_features)[:, None]
+            in_part = n_inside if WHOLE else n_inside & (channel < in_features)[:, None]
             pairs = tl.load(
                 pairs_ptr + (channel // GROUP)[:, None] * out_features + n[None, :],
-                mask=in_part & n_inside,
+                mask=in_part,
                 other=0,
             )
-            zeros = _zeros_of(pairs)
             sums = tl.zeros((SIDE, BLOCK_N, BLOCK_M), tl.float32)
+            x_sums = tl.zeros((SIDE, BLOCK_N, BLOCK_M), tl.float32)
             for plane in tl.static_range(part * PER_GROUP, (part + 1) * PER_GROUP):
-                codes = _centred(words, zeros[:, :, None], plane, BF16, PTX)
                 start = (first + side) * CHUNK + plane * PLANE
-                in_plane = inside if WHOLE else inside & (start < in_features)[:, None]
+                in_plane = inside & (start < in_features)[:, None]
                 if ONE:
-                    one = tl.load(x_ptr + start[:, None] + column[None, :], mask=in_plane, other=0)
+                    if WHOLE:
+                        one = tl.load(x_ptr + start[:, None] + column[None, :])
+                    else:
+                        one = tl.load(x_ptr + start[:, None] + column[None, :], mask=in_plane, other=0)
                     x = tl.broadcast_to(one[:, :, None], (SIDE, PLANE, BLOCK_M))
                 else:
-                    x = tl.load(
-                        x_at + (first * CHUNK + plane * PLANE), mask=in_plane[:, :, None] & m_inside, other=0
-                    )
-                sums = tl.dot(codes, x, sums)
-            total += sums * _scales_of(pairs)[:, :, None]
-    out = tl.sum(total, 0).to(out_ptr.dtype.element_ty)
+                    in_x = m_inside if WHOLE else in_plane[:, :, None] & m_inside
+                    x = tl.load(x_ptr + (first * CHUNK + plane * PLANE) + x_at, mask=in_x, other=0)
+                if BF16:
+                    x = x * tl.full(x.shape, 2.0**64 if plane % 2 == 0 else 2.0**60, tl.bfloat16)
+                ones = tl.full((SIDE, BLOCK_N, PLANE), 16 if BF16 and plane % 2 == 1 else 1, tl.int16)
+                sums = tl.dot(_subnormal(words, plane, BF16, PTX), x, sums)
+                x_sums = tl.dot(ones.to(x.dtype, bitcast=True), x, x_sums)
+            # A whole number below 2 ** 23 in the lowest bits of that float adds its own value.
+            zeros = ((pairs & 15) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+            total += (sums - zeros[:, :, None] * x_sums) * _scales_of(pairs)[:, :, None]
+    total = tl.sum(total, 0) * (2.0**69 if BF16 else 2.0**24)
     inside_out = (n < out_features)[:, None] & (m < rows)[None, :]
-    tl.store(out_ptr + m[None, :] * out_features + n[:, None], out, mask=inside_out)
+    tl.store(
+        out_ptr + m[None, :] * out_features + n[:, None], total.to(out_ptr.dtype.element_ty), mask=inside_out
+    )
 
 
 @triton.jit(do_not_specialize=["rows", "share_chunks"])
