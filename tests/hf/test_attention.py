@@ -36,6 +36,12 @@ def _library() -> None:
         pytest.skip(f"the C++ products cannot be used here: {found}")
 
 
+@pytest.fixture(autouse=True)
+def _faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours is taken for the faster attention, wherever the tests run."""
+    monkeypatch.setattr(attention, "pays", lambda: True)
+
+
 @pytest.fixture
 def model(tmp_path: Path, tiny: Any) -> Any:
     folder, _ = quantized_pair(tiny("llama", num_key_value_heads=2), tmp_path)
@@ -83,6 +89,14 @@ def test_a_fused_model_generates_the_same_tokens(
     assert model.config._attn_implementation != attention.NAME
     assert before is None or model._attn_implementation == before
     assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), expected)
+
+
+def test_where_pytorch_is_faster_attention_is_left_to_it(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    fuse(model)
+    assert norms(model) == 5
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_static_cache_is_read_as_far_as_it_is_filled(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Attention of our own under a name in transformers' registry, for one token; transformers' for the rest.
 
 On a CPU it is `awq.kernels.cpu_decoding.attend`, which reads keys and values once for all query heads that
-share them, and computes in float32. PyTorch's is several times slower there, above all in 16 bits.
+share them, and computes in float32. PyTorch's is several times slower without AVX512, above all in 16 bits.
 """
 
 from __future__ import annotations
@@ -41,6 +41,11 @@ def is_plain(model: Any) -> bool:
     """Whether a model attends by `sdpa` in all its parts."""
     config = model.config
     return config._attn_implementation == "sdpa" and config.get_text_config(decoder=True) is config
+
+
+def pays() -> bool:
+    """Whether ours is the faster one on this processor: with AVX512 PyTorch's is (docs/speed.md)."""
+    return not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def plain(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:

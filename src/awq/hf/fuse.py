@@ -120,7 +120,7 @@ def _use_native(model: Any) -> None:
     try:
         before = _decode(model)
         use_native_norms(model, model.dtype)
-        if attention.is_plain(model):
+        if attention.pays() and attention.is_plain(model):
             attention.use(model, attention.NAME, attention.attend)
         _raise_if_different(_decode(model), before)
     except Exception as error:  # the model's own code, on inputs that it may not take
