@@ -110,7 +110,7 @@ def test_attention_is_that_of_softmax(
     assert got.shape == (batch, 1, groups * shared, size)
     expected = exact_attention(query, key, value, mask, 0.2)
     off = (got.double() - expected).abs().amax()
-    assert off <= (torch.finfo(dtype).eps / 2 + 1e-6) * expected.abs().amax()
+    assert off <= (torch.finfo(dtype).eps / 2 + 3e-6) * expected.abs().amax()
 
 
 def test_scores_far_apart_and_large_ones_keep_their_precision() -> None:
