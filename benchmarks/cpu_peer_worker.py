@@ -45,12 +45,14 @@ def transformers_model(model: Any) -> Measure:
     return measure
 
 
-def awq(folder: str, kernel: str | None, fuse: bool) -> Measure:
+def awq(folder: str, words: list[str]) -> Measure:
     import torch
 
     from awq import load_quantized
 
-    return transformers_model(load_quantized(folder, dtype=torch.bfloat16, kernel=kernel, fuse=fuse))
+    options: dict[str, Any] = {"kernel": "cpu-w4a8" if "w4a8" in words else None, "fuse": "fused" in words}
+    options["head_bits"] = 8 if "head8" in words else None
+    return transformers_model(load_quantized(folder, dtype=torch.bfloat16, **options))
 
 
 def dense(folder: str) -> Measure:
@@ -118,7 +120,7 @@ def main(engine: str, model: str, threads: str) -> None:
     if engine == "llamacpp":
         measure = llamacpp(model, int(threads))
     elif engine.startswith("awq"):
-        measure = awq(model, "cpu-w4a8" if "w4a8" in engine else None, engine.endswith("fused"))
+        measure = awq(model, engine.split("-"))
     else:
         measure = {"dense": dense, "vllm": vllm, "openvino": openvino}[engine](model)
     print(json.dumps({"ready": True}), file=answers, flush=True)

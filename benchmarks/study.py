@@ -88,7 +88,8 @@ def measured(
     variant: Variant,
 ) -> Run:
     """How near a variant comes, and the seconds it takes."""
-    config = QuantConfig(bits=bits, group_size=group_size, format="float", dtype="float32", **variant.options)
+    options = {"format": "float", "dtype": "float32", "correction": False} | variant.options
+    config = QuantConfig(bits=bits, group_size=group_size, **options)
     rows = [row.tolist() for row in samples]
     with tempfile.TemporaryDirectory() as folder, variant.in_place(subject.folder, samples):
         report = quantize(

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from awq.model.layers import linears_of, watch_inputs
 from awq.pipeline import block as blocks
-from awq.pipeline import observe, run
+from awq.pipeline import folding, observe, run
 from awq.search import GramAccumulator, InputStats, scale
 
-measure, quantize_block, search_scale = run.measure, run.quantize_block, blocks.search_scale
+measure, quantize_block, search_scale = run.measure, run.quantize_block, folding.search_scale
 load = AutoModelForCausalLM.from_pretrained
 
 
@@ -57,7 +57,8 @@ def by_exact_outputs(folder: Path, samples: Tensor) -> Iterator[None]:
             with patch.object(scale, "output_error", error):
                 return search_scale(weights, stats, *more)
 
-        with patch.object(blocks, "search_scale", searched):
+        # An output is that of all rows of the weights.
+        with patch.object(folding, "search_scale", searched), patch.object(folding, "_JUDGED_ROWS", 1 << 30):
             yield
 
 
@@ -161,9 +162,9 @@ def weighted_by_gradient(folder: Path, samples: Tensor) -> Iterator[None]:
         layers: Any,
         batches: Any,
         device: torch.device,
-        group_size: int,
+        *more: Any,
     ) -> observe.Seen:
-        plain = measure(block, structure, layers, batches, device, group_size)
+        plain = measure(block, structure, layers, batches, device, *more)
         squares, place = weights[next(seen)], 0
         sums = {
             first: GramAccumulator(item.in_features, device=device) for first, item in plain.stats.items()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from awq.pipeline import block as blocks
-from awq.pipeline import run
+from awq.pipeline import folding, job, run, stacks
 from awq.search import Codes, InputStats, clip, rounding, scale
 from study_ingredients import bias_corrected, by_exact_outputs, weighted_by_gradient
 
@@ -26,17 +27,32 @@ refining = import_module("awq.search.refine")
 Patch = Callable[[Path, Tensor], Any]
 
 
+calls = count()
+
+
+def increasing(*args: Any, **kwargs: Any) -> float:
+    """More with each call: the scaled weight is asked about first, and so is the better one."""
+    return float(next(calls))
+
+
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """Options that differ from the defaults, and what else is put in place."""
+    """Options that differ from the defaults, and what else is put in place.
+
+    Weights are not corrected unless the options say so, and scales are kept if they help plain rounding: that
+    they have to help behind compensation too is an ingredient of its own, `judged`.
+    """
 
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     patches: tuple[Patch, ...] = ()
+    judged: bool = False
 
     @contextmanager
     def in_place(self, folder: Path, samples: Tensor) -> Iterator[None]:
         """Within a `with` block the product works this way."""
         with ExitStack() as stack:
+            if not self.judged:
+                stack.enter_context(patch.object(folding, "_compensated", increasing))
             for each in self.patches:
                 stack.enter_context(each(folder, samples))
             yield
@@ -70,7 +86,7 @@ def group_exponents(
             wide = weight * scale.expand(trial, tie)
             values = rounding.fake_quantize(wide, *rounding.full_range(wide, size), grid.bits, grid.dtype)
             change = (values - wide) / scale.expand(trial, tie)
-            total += float(blocks.output_error(change, stats).sum())
+            total += float(stacks.output_error(change, stats).sum())
         return total
 
     magnitude = scale._tied_mean(stats.mean_abs, tie, len(found.scale)).clamp_min(1e-8)
@@ -85,7 +101,7 @@ def group_exponents(
     return dataclasses.replace(found, scale=best, loss=least, label=f"{found.label}, by group")
 
 
-search_scale = blocks.search_scale
+search_scale = folding.search_scale
 
 
 def untied(*args: Any, **kwargs: Any) -> blocks.BlockResult:
@@ -130,14 +146,19 @@ def estimated(
 
 
 _NO_SCALES: dict[str, Any] = {"scale_steps": 1, "duo_scaling": False}
+_CORRECTED: dict[str, Any] = {"correction": True}
 _SYMMETRIC = replaced(clip, "_OFFSETS", ())
 _DUO = replaced(scale, "_coarse_to_fine", only_duo)
 _UNTIED = replaced(run, "quantize_block", untied)
-_UNCOMPENSATED = replaced(blocks, "gptq", uncompensated)
+_UNCOMPENSATED = replaced(stacks, "gptq", uncompensated)
 
 
 def _ordered(order: Callable[[Tensor], Tensor]) -> tuple[Patch, ...]:
     return replaced(rounding, "visiting_order", order), replaced(refining, "visiting_order", order)
+
+
+def _followed(one_of: int) -> Patch:
+    return replaced(job, "_FOLLOWED", one_of)
 
 
 VARIANTS: dict[str, Variant] = {
@@ -161,7 +182,7 @@ VARIANTS: dict[str, Variant] = {
     "scales and ranges, exact outputs": Variant({"rounding": "nearest"}, (by_exact_outputs,)),
     "scales and ranges, biases corrected": Variant({"rounding": "nearest"}, (bias_corrected,)),
     "scales, ranges, scale estimation": Variant(
-        {"rounding": "gptq", "refine": 2}, (_UNCOMPENSATED, replaced(blocks, "refine", estimated))
+        {"rounding": "gptq", "refine": 2}, (_UNCOMPENSATED, replaced(stacks, "refine", estimated))
     ),
     "all but compensation": Variant({"rounding": "gptq"}, (_UNCOMPENSATED,)),
     "all but refining": Variant({"refine": 0}),
@@ -173,16 +194,24 @@ VARIANTS: dict[str, Variant] = {
     "all, symmetric ranges": Variant({}, (_SYMMETRIC,)),
     "all, channels in file order": Variant({}, _ordered(file_order)),
     "all, ordered inside groups of 128": Variant({}, _ordered(partial(order_inside_groups, size=128))),
-    "all (preset balanced)": Variant(),
+    "all": Variant(),
     "refining once": Variant({"refine": 1}),
     "refining 4 times": Variant({"refine": 4}),
     "refining 8 times": Variant({"refine": 8}),
     "every exponent of the grid": Variant({}, (replaced(scale, "_coarse_to_fine", whole_grid),)),
     "twice as fine a grid": Variant({"scale_steps": 40}),
-    "exponents for each group": Variant({}, (replaced(blocks, "search_scale", group_exponents),)),
+    "exponents for each group": Variant({}, (replaced(folding, "search_scale", group_exponents),)),
     "all, exact outputs": Variant({}, (by_exact_outputs,)),
     "all, biases corrected": Variant({}, (bias_corrected,)),
     "tokens weighted by gradient": Variant({}, (weighted_by_gradient,)),
-    "tuning, 160 steps (preset best)": Variant({"refine": 4, "tune": 160}),
+    "scales judged": Variant(judged=True),
+    "corrections": Variant(_CORRECTED),
+    "scales judged, corrections (preset balanced)": Variant(_CORRECTED, judged=True),
+    "scales judged, corrections, an eighth of the samples": Variant(_CORRECTED, (_followed(8),), judged=True),
+    "scales judged, corrections, half of the samples": Variant(_CORRECTED, (_followed(2),), judged=True),
+    "scales judged, corrections, all samples": Variant(_CORRECTED, (_followed(1),), judged=True),
+    "tuning, 160 steps": Variant({"refine": 4, "tune": 160}),
+    "scales judged, tuning, 160 steps (preset best)": Variant({"refine": 4, "tune": 160}, judged=True),
+    "scales judged, corrections, tuning": Variant(_CORRECTED | {"refine": 4, "tune": 160}, judged=True),
     "tuning, 400 steps": Variant({"refine": 4, "tune": 400}),
 }

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from awq.calibration.sources import bundled_text
+from awq.kernels import cpu_native
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -48,6 +49,48 @@ def test_fused_decoding_is_measured_beside_layers_apart(tmp_path: Path) -> None:
         ("apart", "merged", "static 64"), 2
     )
     assert all(speed > 0 for speeds in found.values() for speed in speeds)
+
+
+def run(name: str, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / name), *options]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_a_token_is_measured_for_each_way_to_load_a_model(tmp_path: Path) -> None:
+    target = tmp_path / "token.json"
+    sizes = ("--layers", "1", "--hidden", "128", "--intermediate", "128", "--vocabulary", "500")
+    few = ("--prompt", "4", "--decode", "2", "--rounds", "2", "--ways", "as it is", "fuse, head_bits=8")
+    run("cpu_token.py", *sizes, *few, "--json", str(target))
+    found = json.loads(target.read_text())["seconds"]
+    assert {name: len(times) for name, times in found.items()} == {"as it is": 2, "fuse, head_bits=8": 2}
+    assert all(seconds > 0 for times in found.values() for seconds in times)
+
+
+@pytest.mark.skipif(isinstance(cpu_native.load(), str), reason="needs the C++ products")
+def test_parts_of_a_token_are_measured_beside_pytorchs(tmp_path: Path) -> None:
+    target = tmp_path / "parts.json"
+    few = (
+        "--heads",
+        "4",
+        "--groups",
+        "2",
+        "--channels",
+        "64",
+        "--size",
+        "16",
+        "--rounds",
+        "2",
+        "--lengths",
+        "9",
+    )
+    done = run("cpu_parts.py", *few, "--json", str(target))
+    found = json.loads(target.read_text())["seconds"]
+    assert list(found) == [f"{n}, {d}" for d in ("bfloat16", "float32") for n in ("norm", "attention to 9")]
+    for pairs in found.values():
+        assert [[len(times) for times in pair] for pair in pairs] == [[2, 2], [2, 2]]
+    assert "attention to 9, float32" in done.stdout
 
 
 @pytest.fixture

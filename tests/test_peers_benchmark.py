@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
     python.chmod(0o755)
-    command = [sys.executable, str(BENCHMARKS / "peers.py"), "--samples", "2", "--seq-len", "32"]
+    command = [sys.executable, str(BENCHMARKS / "peers.py"), "--samples", "8", "--seq-len", "64"]
     command += ["--windows", "2", "--threads", "1", "--only", "rtn", "balanced", "autoawq", "mlx-gptq"]
     command += ["--environments", str(folder), "--json", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
@@ -104,11 +106,75 @@ def test_the_error_of_a_log_is_found(peer_environments: Any, log: str, sentence:
 
 def test_the_commands_for_an_environment_install_what_its_files_name(peer_environments: Any) -> None:
     made = [" ".join(line) for line in peer_environments.commands("autoawq", Path("there"))]
-    assert made[0].endswith("-m venv there/autoawq")
+    assert made[0].endswith("-m venv --clear there/autoawq")
     assert made[1].endswith("torch==2.13.0")
     assert made[-1].endswith(
         "--no-deps --requirement " + str(BENCHMARKS / "peer_workers/no-deps-autoawq.txt")
     )
+
+
+def test_pip_gets_the_options_that_the_environment_names(
+    peer_environments: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWQ_ENGINE_PIP_OPTIONS", "--no-index --find-links 'a folder'")
+    _, *installs = peer_environments.commands("mlx", Path("there"))
+    for command in installs:
+        assert command[command.index("--no-index") :][:3] == ["--no-index", "--find-links", "a folder"]
+
+
+@pytest.mark.slow
+def test_an_environment_is_made_once_and_anew_when_it_is_not_what_is_asked_for(
+    peer_environments: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(peer_environments, "WORKERS", tmp_path)
+    monkeypatch.setenv("AWQ_ENGINE_PIP_OPTIONS", "--no-index")
+    requirements, mark = tmp_path / "requirements-mlx.txt", tmp_path / "mlx" / "mark"
+
+    def installed() -> Any:
+        return peer_environments.prepare(["mlx"], tmp_path, install=True)
+
+    requirements.write_text("# nothing\n")
+    assert installed() == {}
+    mark.touch()
+    assert installed() == {}
+    assert mark.exists()
+    requirements.write_text("a-package-that-nobody-has==1\n")
+    assert "No matching distribution found for a-package-that-nobody-has==1" in installed()["mlx"]
+    assert not mark.exists()
+    assert peer_environments.python_of("mlx", tmp_path).exists()  # half made, which is not enough
+    assert "a-package-that-nobody-has" in installed()["mlx"]
+    requirements.write_text("# nothing\n")
+    assert installed() == {}
+
+
+def test_a_folder_that_is_no_environment_is_left_alone(peer_environments: Any, tmp_path: Path) -> None:
+    letter = tmp_path / "mlx" / "letter"
+    letter.parent.mkdir()
+    letter.touch()
+    told = peer_environments.prepare(["mlx"], tmp_path, install=True)
+    assert "is no virtual environment" in told["mlx"]
+    assert letter.exists()
+
+
+def test_seconds_of_quantizing_leave_imports_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "peer_workers"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from job import Job
+
+    (tmp_path / "lazily_imported.py").write_text("import lazily_imported_too\n")
+    (tmp_path / "lazily_imported_too.py").write_text("import time\ntime.sleep(0.5)\n")
+    (tmp_path / "samples.json").write_text("[[1]]")
+    asked = {"model": "", "out": "", "samples": str(tmp_path / "samples.json")}
+    (tmp_path / "job.json").write_text(json.dumps({**asked, "bits": 4, "group_size": 128, "options": {}}))
+    job = Job(tmp_path)
+    with job.quantizing():
+        time.sleep(0.2)
+        importlib.import_module("lazily_imported")
+    job.finish()
+    answer = json.loads((tmp_path / "answer.json").read_text())
+    assert 0.2 <= answer["quantizing"] < 0.7  # it is more than that with the import
+    assert answer["importing"] >= 0.5
+    assert 0 <= answer["processor"] < 0.2
 
 
 def test_every_row_has_a_worker_and_every_peer_an_environment(peer_environments: Any) -> None:

@@ -98,8 +98,9 @@ class AutoAWQForCausalLM:
             device_map, max_memory, offload_folder: as transformers takes them.
             download_kwargs: of `huggingface_hub.snapshot_download`, for a hub name.
             **config_kwargs: `torch_dtype` of the activations (the checkpoint's own by default), `kernel` to
-                insist on one (the fastest that fits by default), and further arguments of transformers'
-                `from_pretrained`, configuration entries among them.
+                insist on one (the fastest that fits by default), `head_bits=8` to round the output head (see
+                `load_quantized`), and further arguments of transformers' `from_pretrained`, configuration
+                entries among them.
 
         Raises:
             ConfigError: the folder holds a float model.

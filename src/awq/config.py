@@ -36,9 +36,9 @@ PLAIN_FORMATS = ("float", "folded")
 
 # What the presets change from the defaults.
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"rounding": "nearest"},
+    "fast": {"rounding": "nearest", "correction": False},
     "balanced": {},
-    "best": {"refine": 4, "tune": 160},
+    "best": {"refine": 4, "tune": 160, "correction": False},
 }
 
 # AutoAWQ's names for the same things, as found in its scripts and in older checkpoints.
@@ -74,11 +74,14 @@ class QuantConfig:
             nothing rounded: for another tool to quantize).
         modules_to_not_convert: names, or parts of names, of layers to leave as they are.
         method: `awq` (search scales and clips) or `rtn` (plain rounding to nearest).
-        rounding: `nearest`, `gptq` (error compensation), or `auto`: the better one, block by block.
+        rounding: `nearest`, `gptq` (error compensation), or `auto`: `gptq`, and where that does not better
+            than plain rounding, block by block, `nearest` is tried too.
         scale_steps: points of the scale search between no scaling and full scaling.
         duo_scaling: also try scales that take the weights' magnitude into account.
         clip: search a narrower range for each group.
         dtype: of the float tensors written: `auto` keeps each one's own; `float32` is for plain weights.
+        correction: change each weight, before it is rounded, so that it makes up for what layers quantized
+            before it have left wrong.
         refine: how often scales are refitted and codes improved after error compensation; 0 for never.
         tune: steps of gradient tuning of each block as a whole, behind all that; 0 for none. Slow.
         target_bits: choose for each layer what it is quantized to, or leave it float, so that a weight takes
@@ -99,6 +102,7 @@ class QuantConfig:
     duo_scaling: bool = True
     clip: bool = True
     dtype: StorageDtype = "auto"
+    correction: bool = True
     refine: int = 2
     tune: int = 0
     target_bits: float | None = None

@@ -91,3 +91,16 @@ def test_what_cannot_be_measured_is_refused(
     done = awq("bench", quantized, *options)
     assert done.code == 1
     assert told in done.err
+
+
+def test_the_head_of_quantized_models_can_be_rounded(awq: Any, original: Path, quantized: Path) -> None:
+    sizes = ("--batch", 1, "--prefill", 4, *QUICK, "--json", "-")
+    plain = awq("bench", quantized, "--against", original, *sizes)
+    rounded = awq("bench", quantized, "--against", original, "--head-bits", 8, *sizes)
+    assert rounded.code == 0, rounded.err
+    rows = list(zip(plain.json["rows"], rounded.json["rows"], strict=True))
+    assert rows[0][0]["read"] == rows[0][1]["read"]
+    assert rows[1][0]["read"] > rows[1][1]["read"]
+    refused = awq("bench", quantized, "--head-bits", 5, *sizes)
+    assert refused.code == 1
+    assert "head_bits=5: a head is rounded to 8 bits" in refused.err

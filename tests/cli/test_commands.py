@@ -310,3 +310,12 @@ def test_the_version_and_the_help_are_told(awq: Any) -> None:
     for command in ("quantize", "eval", "generate", "inspect", "convert", "export", "demo"):
         assert command in awq("--help").out
         assert awq(command, "--help").code == 0
+
+
+def test_a_rounded_head_can_be_judged_and_used(awq: Any, quantized: Path) -> None:
+    options = ("--window", 64, "--max-tokens", 640, "--json", "-")
+    done = awq("eval", quantized, "--against", quantized, "--head-bits", 8, *options)
+    assert done.code == 0, done.err
+    assert 0 < done.json["kl"] < 1e-3
+    done = awq("generate", quantized, "--prompt", "The sea", "--max-new-tokens", 3, "--head-bits", 8)
+    assert done.code == 0, done.err

@@ -66,13 +66,21 @@ def relative(got: Tensor, expected: Tensor) -> float:
     rows=st.one_of(st.integers(1, 20), st.sampled_from([64, 241, 300])),
     dtype=st.sampled_from(DTYPES),
     scales=st.sampled_from(DTYPES),
+    bits=st.integers(2, 8),
     seed=st.integers(0, 1000),
 )
 def test_any_layer_and_any_number_of_rows_agree_with_the_dequantized_weight(
-    out: int, group: int, groups: int, rows: int, dtype: torch.dtype, scales: torch.dtype, seed: int
+    out: int,
+    group: int,
+    groups: int,
+    rows: int,
+    dtype: torch.dtype,
+    scales: torch.dtype,
+    bits: int,
+    seed: int,
 ) -> None:
-    weight = random_weight(out, group * groups, group, seed, scales)
-    assert KERNEL.refuses(LayerSpec("cpu", dtype, group * groups, out, group)) is None
+    weight = random_weight(out, group * groups, group, seed, scales, bits)
+    assert KERNEL.refuses(LayerSpec("cpu", dtype, group * groups, out, group, bits)) is None
     inputs = inputs_for(rows, group * groups, dtype, seed)
     state = KERNEL.prepare(weight, dtype)
     got = KERNEL.forward(inputs, state)
@@ -107,9 +115,9 @@ def test_the_ends_of_the_range_of_codes_and_zero_points(code: int, zero: int, dt
 
 def test_each_column_and_each_code_is_where_it_belongs() -> None:
     """One input channel at a time, so that a permutation could not hide in a sum."""
-    codes = ((torch.arange(136)[:, None] * 7 + torch.arange(64)) % 16).to(torch.uint8)
-    weight = QuantizedWeight(codes, torch.ones(136, 2), torch.zeros(136, 2, dtype=torch.uint8))
-    for dtype in DTYPES:
+    for bits, dtype in itertools.product((4, 8), DTYPES):
+        codes = ((torch.arange(136)[:, None] * 7 + torch.arange(64) * 13) % (1 << bits)).to(torch.uint8)
+        weight = QuantizedWeight(codes, torch.ones(136, 2), torch.zeros(136, 2, dtype=torch.uint8), bits)
         got = KERNEL.forward(torch.eye(64, dtype=dtype), KERNEL.prepare(weight, dtype))
         assert torch.equal(got.t().to(torch.uint8), codes)
 
@@ -133,9 +141,9 @@ def test_instruction_sets_agree_to_the_last_bit(monkeypatch: pytest.MonkeyPatch)
     check = native._Check(pool, cpu_native.is_right)
     found = [native._open(name, check) for name in native.available()]
     assert all(isinstance(library, native.Native) for library in found), found
-    weight = random_weight(200, 480, 160)
-    weight.codes[7] = 15
-    for dtype, digits, rows in itertools.product(DTYPES, (1, 2, 3), (1, 3, 9, 100)):
+    for bits, dtype, digits, rows in itertools.product((4, 8), DTYPES, (1, 2, 3), (1, 3, 9, 100)):
+        weight = random_weight(200, 480, 160, bits=bits)
+        weight.codes[7] = (1 << bits) - 1
         inputs = inputs_for(rows, 480, dtype)
         inputs[0] = 127  # whose second smallest digit is -128: the largest sums there are
         results = [_multiply(library, inputs, _prepare(library, weight), digits) for library in found]
@@ -156,8 +164,9 @@ def test_tiles_give_the_same_bits(tmp_path: Path) -> None:
     native._declare(library)
     tiles, plain = native.Native(library, "tiles"), cpu_native.load()
     assert isinstance(plain, native.Native)
-    for out, columns, group in ((200, 480, 160), (64, 256, 128), (72, 96, 32), (130, 40, 8)):
-        weight = random_weight(out, columns, group)
+    layers = ((200, 480, 160, 4), (64, 256, 128, 4), (72, 96, 32, 8), (130, 40, 8, 4))
+    for out, columns, group, bits in layers:
+        weight = random_weight(out, columns, group, bits=bits)
         for rows, digits in itertools.product((1, 7, 8, 11, 16, 33, 241), (1, 2, 3)):
             inputs = inputs_for(rows, columns, torch.float32)
             got = _multiply(tiles, inputs, _prepare(tiles, weight), digits)
@@ -227,7 +236,6 @@ def test_eight_bit_activations_are_off_by_under_a_percent_and_only_on_request(dt
     ("change", "reason"),
     [
         ({"device": "cuda"}, "it runs on the CPU, not on cuda"),
-        ({"bits": 8}, "8 bits do not fit a nibble"),
         ({"group_size": 12}, "groups of 12 do not divide by 8"),
     ],
 )

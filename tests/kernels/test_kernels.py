@@ -173,4 +173,4 @@ def test_a_kernel_can_be_insisted_on() -> None:
 def test_a_layer_that_nothing_serves_is_an_error_with_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("awq.kernels.torch_dequant.TorchDequant.refuses", lambda self, spec: "switched off")
     with pytest.raises(KernelError, match=r"no kernel serves .*not cpu-int4: .*not torch: switched off"):
-        choose(LayerSpec("cpu", torch.float32, 128, 64, 32, bits=8))
+        choose(LayerSpec("cpu", torch.float32, 70, 64, 7))

@@ -125,7 +125,7 @@ def test_a_library_that_multiplies_wrong_is_not_used(tmp_path: Path, monkeypatch
     sources = tmp_path / "sources"
     sources.mkdir()
     for file in native._SOURCES.iterdir():
-        text = file.read_text().replace("sum = fset(x_sum[r])", "sum = fset(0.0f * x_sum[r])")
+        text = file.read_text().replace("x_sum[at] = float(", "x_sum[at] = 0.0f * float(")
         (sources / file.name).write_text(text)
     monkeypatch.setattr(native, "_SOURCES", sources)
     monkeypatch.setattr(native, "_OPTIONS", ("-std=c++17", "-O0", *native._OPTIONS[2:]))

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from awq.kernels import cpu_native, native
-from awq.kernels.cpu_native import _KINDS, _multiply, _prepare
-from awq.weight import QuantizedWeight
+from awq.kernels.cpu_decoding import attend, rms_norm
+from awq.kernels.cpu_native import KINDS, _multiply, _prepare
+from random_weights import random_weight
 
 # A processor that has each set of instructions and not the next.
 EMULATED = {"neon-dot": "neoverse-n1", "neon": "cortex-a57"}
 COMPILERS = {"g++": ("aarch64-linux-gnu-g++",), "clang++": ("clang++", "--target=aarch64-linux-gnu")}
-LAYERS = ((200, 480, 160), (64, 256, 128), (72, 96, 32), (130, 40, 8))
+LAYERS = ((200, 480, 160, 4), (64, 256, 128, 4), (72, 96, 32, 8), (130, 40, 8, 4), (136, 320, 320, 8))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -40,16 +41,6 @@ def built(compiler: str, name: str, folder: Path) -> Path:
     return program
 
 
-def drawn(out: int, columns: int, group: int, scales: torch.dtype) -> QuantizedWeight:
-    generator = torch.Generator().manual_seed(out)
-    shape = (out, columns // group)
-    return QuantizedWeight(
-        torch.randint(0, 16, (out, columns), generator=generator, dtype=torch.uint8),
-        (torch.rand(shape, generator=generator) * 0.02 + 0.001).to(scales),
-        torch.randint(0, 16, shape, generator=generator, dtype=torch.uint8),
-    )
-
-
 def content(tensor: Tensor) -> bytes:
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
@@ -63,20 +54,32 @@ def test_arm_gives_the_same_bits(compiler: str, name: str, tmp_path: Path) -> No
         pytest.skip(f"the C++ products cannot be used here, so there is nothing to compare with: {here}")
     program = built(compiler, name, tmp_path)
     asked, expected = [], []
-    for (out, columns, group), dtype, rows in itertools.product(LAYERS, DTYPES, (1, 7, 33)):
+    for (out, columns, group, bits), dtype, rows in itertools.product(LAYERS, DTYPES, (1, 7, 33)):
         scales = DTYPES[(rows + columns) % 3]
-        weight = drawn(out, columns, group, scales)
-        weight.codes[7] = 15
+        weight = random_weight(out, columns, group, out, scales, bits)
+        weight.codes[7] = (1 << bits) - 1
         inputs = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
         inputs[0] = 127  # whose second smallest digit is -128
         inputs[-1, 0], inputs[-1, -1] = 1000.0, 1e-6
         inputs = inputs.to(dtype)
         for digits in (1, 2, 3):
-            header = (rows, columns, out, group, _KINDS[dtype], _KINDS[scales], digits)
-            asked.append(struct.pack("<7q", *header))
+            planes = 1 if bits <= 4 else 2
+            header = (rows, columns, out, group, KINDS[dtype], KINDS[scales], planes, digits)
+            asked.append(struct.pack("<8q", *header))
             asked += [content(part) for part in (weight.codes, weight.zeros.t(), weight.scales.t(), inputs)]
             expected.append(content(_multiply(here, inputs, _prepare(here, weight), digits)))
             expected.append(content(weight.codes))
+    for dtype, rows, columns in itertools.product(DTYPES, (3, 37), (16, 272)):
+        generator = torch.Generator().manual_seed(rows)
+        x, weight, query, key, value = (
+            torch.randn(shape, generator=generator).to(dtype)
+            for shape in ((rows, columns), (columns,), (1, 4, 1, columns), *2 * [(1, 2, rows, columns)])
+        )
+        mask = torch.rand(1, 1, 1, rows, generator=generator) < 0.8
+        asked.append(struct.pack("<8q", rows, columns, 0, 0, KINDS[dtype], 0, 0, 0))
+        asked += [content(part) for part in (x, weight, query, key, value, mask)]
+        expected.append(content(rms_norm(x, weight, 1e-5, 1.0, rounds=False)))
+        expected.append(content(attend(query, key, value, mask, 0.2)))
     command = ["qemu-aarch64", "-cpu", EMULATED[name], str(program)]
     done = subprocess.run(command, input=b"".join(asked), capture_output=True, check=True)
     got = done.stdout

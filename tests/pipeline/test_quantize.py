@@ -143,7 +143,7 @@ def test_families_go_all_the_way_and_are_never_worse_than_rounding(
     report = quantize(tmp_path / "in", tmp_path / "out", SMALL, token_lists)
     for block in report.blocks:
         assert block.outcome["error"] <= block.outcome["errors"]["rtn"]
-        assert set(block.outcome["errors"]) == {"rtn", "nearest", "gptq"}
+        assert {"rtn", "gptq"} <= block.outcome["errors"].keys()
     assert not any(".h." in name or ".layers." in name for name in report.plan.skipped)
     model = load_quantized(tmp_path / "out", dtype=torch.float32)
     ids = torch.tensor([token_lists[0]])

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from awq.config import QuantConfig
 from awq.model.blocks import BlockCall
 from awq.pipeline import quantize
-from awq.pipeline.block import holding, make_judge
+from awq.pipeline.block import make_judge
 from awq.pipeline.observe import Batch
+from awq.pipeline.stacks import holding
 from awq.pipeline.tune import teaching, tune
 from awq.search import Codes, full_range, nearest
 

@@ -109,7 +109,7 @@ def test_every_layout_is_read_back(
     assert report.verdict is not None
     # On the calibration samples, a block's error on disk is the one that the search has found.
     for block, found in zip(report.verdict.blocks, report.blocks, strict=True):
-        assert block["error"] == pytest.approx(found.outcome["error"], rel=0.2)
+        assert block["error"] == pytest.approx(found.outcome["own_error"], rel=0.2)
 
 
 def text_of(rows: list[list[int]]) -> HeldOut:
@@ -331,7 +331,7 @@ REPORTS = [
     BlockReport(
         f"layers.{i}",
         {},
-        {"error": 0.09 * i, "layers": {"a": {"rtn": 0.3, "awq": 0.1 * i}, "b": {"rtn": 0.05}}},
+        {"own_error": 0.09 * i, "layers": {"a": {"rtn": 0.3, "awq": 0.1 * i}, "b": {"rtn": 0.05}}},
     )
     for i in range(5)
 ]

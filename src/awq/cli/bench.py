@@ -24,6 +24,9 @@ def command(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, float16, bfloat16")] = "auto",
     kernel: Annotated[str | None, typer.Option(help="Insist on a kernel for the quantized layers.")] = None,
+    head_bits: Annotated[
+        int | None, typer.Option(help="8 rounds the output head of a quantized model, on a CPU.")
+    ] = None,
     json: Annotated[str | None, typer.Option(help="Write the figures to this file; - for stdout.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
 ) -> None:
@@ -36,7 +39,8 @@ def command(
     quiet_libraries()
     out = console(json)
     names = [model] if against is None else [against, model]
-    loaded = {name: load_model(name, dtype, device, trust_remote_code, kernel=kernel) for name in names}
+    options: dict[str, Any] = {"kernel": kernel, "head_bits": head_bits}
+    loaded = {name: load_model(name, dtype, device, trust_remote_code, **options) for name in names}
     room = min(_context(each) for each in loaded.values())
     sizes = [(b, p) for b in batches for p in prompts if p + decode + 1 <= room]
     if not sizes:

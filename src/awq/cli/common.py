@@ -78,6 +78,7 @@ def load_model(
     trust_remote_code: bool = False,
     exact: bool = False,
     kernel: str | None = None,
+    head_bits: int | None = None,
 ) -> Any:
     """A float or a quantized model, in eval mode.
 
@@ -88,6 +89,7 @@ def load_model(
         trust_remote_code: run modelling code that comes with the model.
         exact: dequantize in the activations' dtype instead of using a fast kernel, for figures.
         kernel: insist on this one.
+        head_bits: of the output head of a quantized model; as it was saved by default.
 
     Raises:
         AwqError: the model cannot be loaded.
@@ -103,9 +105,13 @@ def load_model(
         raise ConfigError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     folder, place = resolve(model), pick_device(device)
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
+    if head_bits is not None and place.type != "cpu":
+        raise ConfigError(
+            f"a head of {head_bits} bits is faster on CPUs only: leave --head-bits out on {place}"
+        )
     if holds_codes(folder):
-        kernel = "torch" if exact else kernel
-        loaded = load_quantized(folder, dtype=wanted, trust_remote_code=trust_remote_code, kernel=kernel)
+        options: dict[str, Any] = {"kernel": "torch" if exact else kernel, "head_bits": head_bits}
+        loaded = load_quantized(folder, dtype=wanted, trust_remote_code=trust_remote_code, **options)
         return loaded.to(place) if place.type != "cpu" else loaded
     return load_float(folder, dtype=wanted, trust_remote_code=trust_remote_code).to(place)
 

@@ -25,6 +25,9 @@ def command(
     dtype: Annotated[
         str, typer.Option(help="auto (float32 on the CPU, else the model's own), float32, float16, bfloat16")
     ] = "auto",
+    head_bits: Annotated[
+        int | None, typer.Option(help="8 rounds the output head of a quantized model, on a CPU.")
+    ] = None,
     tasks: Annotated[
         str | None, typer.Option(help="Run these tasks of lm-evaluation-harness instead, comma-separated.")
     ] = None,
@@ -54,10 +57,10 @@ def command(
     if tasks is not None:
         options = {"limit": limit, "fewshot": fewshot, "include_path": include_path, "batch_size": batch_size}
         models = [model] if against is None else [against, model]
-        _tasks(models, tasks, (dtype, device, trust_remote_code), options, json)
+        _tasks(models, tasks, (dtype, device, trust_remote_code), options, json, head_bits)
         return
     ids = (document_ids if documents else token_ids)(text, load_tokenizer(model, trust_remote_code))
-    judged = load_model(model, dtype, device, trust_remote_code, exact=True)
+    judged = load_model(model, dtype, device, trust_remote_code, exact=True, head_bits=head_bits)
     longest = getattr(judged.config.get_text_config(), "max_position_embeddings", None) or window
     options = {
         "window": min(window, longest),
@@ -95,8 +98,9 @@ def _tasks(
     loading: tuple[str, str, bool],
     options: dict[str, Any],
     json: str | None,
+    head_bits: int | None,
 ) -> None:
-    """Run tasks on each model, and print a table with a column for each."""
+    """Run tasks on each model, and print a table with a column for each; `head_bits` are of the last one."""
     from awq.evaluate import run_tasks
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
@@ -104,8 +108,9 @@ def _tasks(
     for column in ("task", "metric", "samples", *models):
         table.add_column(column, justify="left" if column in ("task", "metric") else "right")
     scores = []
-    for model in models:
-        loaded = load_model(model, *loading, exact=True)
+    for number, model in enumerate(models, 1):
+        bits = head_bits if number == len(models) else None
+        loaded = load_model(model, *loading, exact=True, head_bits=bits)
         scores.append(run_tasks(loaded, load_tokenizer(model, loading[2]), names, **options))
         del loaded
     for row in zip(*scores, strict=True):

@@ -23,6 +23,9 @@ def command(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, float16, bfloat16")] = "auto",
     kernel: Annotated[str | None, typer.Option(help="Insist on a kernel for the quantized layers.")] = None,
+    head_bits: Annotated[
+        int | None, typer.Option(help="8 rounds the output head of a quantized model, on a CPU.")
+    ] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
 ) -> None:
     """Generate text from a prompt."""
@@ -35,7 +38,7 @@ def command(
     from transformers import TextStreamer
 
     quiet_libraries()
-    loaded = load_model(model, dtype, device, trust_remote_code, kernel=kernel)
+    loaded = load_model(model, dtype, device, trust_remote_code, kernel=kernel, head_bits=head_bits)
     tokenizer = load_tokenizer(model, trust_remote_code)
     if chat:
         if not tokenizer.chat_template:

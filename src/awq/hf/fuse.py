@@ -16,9 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from awq.errors import ConfigError
+from awq.hf import attention
 from awq.hf.grouped import undo_grouped, use_grouped
+from awq.hf.norms import undo_native_norms, use_native_norms
 from awq.hf.placement import is_spread
 from awq.hf.static import StaticGeneration
+from awq.kernels import cpu_native
 from awq.nn import Merge, QuantExperts, QuantLinear, apart_because
 
 # Tokens that find out who reads what; their ids mean nothing.
@@ -65,6 +68,8 @@ def fuse(model: Any, max_seq_len: int | None = None) -> list[tuple[str, ...]]:
             use_grouped(model, max_seq_len)
         else:
             _warn(f"the key/value cache grows as it is needed, without a fixed length: {reason}")
+    if model.device.type == "cpu" and isinstance(cpu_native.load(), cpu_native.native.Native):
+        _use_native(model)
     return merged
 
 
@@ -76,6 +81,7 @@ def unfuse(model: Any) -> None:
     if isinstance(model.__dict__.get("generate"), StaticGeneration):
         del model.generate
         undo_grouped(model)
+    _undo_native(model)
 
 
 def _reason_against(model: Any) -> str | None:
@@ -100,9 +106,7 @@ def _merge(model: Any) -> list[tuple[str, ...]]:
     groups = list(_groups(runs))
     merges = [Merge([layer for _, layer in group]) for group in groups]
     try:
-        difference = (_run(model) - before).norm() / before.norm()
-        if not bool(difference <= _SAME):
-            raise ValueError(f"its output changes by {float(difference):.1%}")
+        _raise_if_different(_run(model), before)
     except Exception:
         for merge in merges:
             merge.undo()
@@ -110,13 +114,49 @@ def _merge(model: Any) -> list[tuple[str, ...]]:
     return [tuple(name for name, _ in group) for group in groups]
 
 
+@torch.no_grad()
+def _use_native(model: Any) -> None:
+    """Norms, and attention of single tokens, in C++."""
+    try:
+        before = _decode(model)
+        use_native_norms(model, model.dtype)
+        if attention.pays() and attention.is_plain(model):
+            attention.use(model, attention.NAME, attention.attend)
+        _raise_if_different(_decode(model), before)
+    except Exception as error:  # the model's own code, on inputs that it may not take
+        _undo_native(model)
+        _warn(f"norms and attention stay transformers' own: {error}")
+
+
+def _undo_native(model: Any) -> None:
+    undo_native_norms(model)
+    attention.undo(model, attention.NAME)
+
+
 def _run(model: Any) -> Tensor:
     """Logits of a few tokens, float32."""
+    logits: Tensor = model(input_ids=_probe(model), use_cache=False).logits
+    return logits.float().cpu()
+
+
+def _decode(model: Any) -> Tensor:
+    """Logits of the last of a few tokens, float32, from a cache of those before it."""
+    ids = _probe(model)
+    cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
+    logits: Tensor = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits
+    return logits.float().cpu()
+
+
+def _probe(model: Any) -> Tensor:
     device = model.get_input_embeddings().weight.device
     # What is offloaded says meta, and takes inputs from anywhere.
-    ids = torch.arange(1, _PROBE + 1, device="cpu" if device.type == "meta" else device).unsqueeze(0)
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits.float().cpu()
+    return torch.arange(1, _PROBE + 1, device="cpu" if device.type == "meta" else device).unsqueeze(0)
+
+
+def _raise_if_different(logits: Tensor, before: Tensor) -> None:
+    difference = (logits - before).norm() / before.norm()
+    if not bool(difference <= _SAME):
+        raise ValueError(f"its output changes by {float(difference):.1%}")
 
 
 @contextmanager

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from awq.hf import attention
+
 # What the attention is called in transformers' registry.
 NAME = "sdpa_grouped"
 
@@ -27,19 +29,13 @@ def use_grouped(model: Any, length: int) -> bool:
     """
     if not _gains(model, length):
         return False
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
+    attention.use(model, NAME, attend)
     return True
 
 
 def undo_grouped(model: Any) -> None:
     """Undo `use_grouped`."""
-    if model.config._attn_implementation == NAME:
-        model.set_attn_implementation("sdpa")
+    attention.undo(model, NAME)
 
 
 def attend(
@@ -63,13 +59,9 @@ def attend(
         `[batch, tokens, heads, head_dim]`, and no weights.
     """
     if query.shape[2] > 1 or attention_mask is None or dropout or kwargs.get("position_bias") is not None:
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        found: tuple[Tensor, None] = plain(
+        return attention.plain(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-        return found
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True
     )
@@ -81,9 +73,9 @@ def _gains(model: Any, length: int) -> bool:
     config = model.config
     heads = getattr(config, "num_attention_heads", None)
     fewer = getattr(config, "num_key_value_heads", None)
-    if model.device.type != "cuda" or config._attn_implementation != "sdpa" or not heads or not fewer:
+    if model.device.type != "cuda" or not attention.is_plain(model) or not heads or not fewer:
         return False
-    if heads == fewer or config.get_text_config(decoder=True) is not config:
+    if heads == fewer:
         return False
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     query = torch.empty(1, heads, 1, size, dtype=model.dtype, device=model.device)

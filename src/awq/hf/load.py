@@ -12,6 +12,7 @@ from awq.errors import AwqError, ConfigError, LoadError
 from awq.formats.detect import detect, method_of
 from awq.hf.differences import told
 from awq.hf.fuse import fuse as fuse_layers
+from awq.hf.head import check_head_bits, quantize_head
 from awq.hf.placement import check_memory
 from awq.hf.registration import register
 from awq.kernels import kernel_choices
@@ -45,6 +46,7 @@ def load_quantized(
     kernel: str | None = None,
     fuse: bool = False,
     max_seq_len: int | None = None,
+    head_bits: int | None = None,
     **kwargs: Any,
 ) -> Any:
     """Load an AWQ checkpoint as a transformers model in eval mode.
@@ -60,14 +62,17 @@ def load_quantized(
         kernel: insist on a kernel; the fastest that fits by default.
         fuse: merge layers that read the same tensor, such as q/k/v and gate/up, into one product.
         max_seq_len: with `fuse`, tokens that a static key/value cache holds; None for one that grows.
+        head_bits: 8 rounds the output head, where one of our kernels for CPUs serves it; by default it is
+            kept as it was saved. A model with a rounded head cannot be saved or dequantized.
         **kwargs: further arguments of `from_pretrained`.
 
     Raises:
         ConfigError: the folder holds no quantized checkpoint, or one that has no exact form here; a map or
-            limit cannot work.
+            limit cannot work; there is no head of so many bits.
         MissingFileError, CorruptFileError: files are missing or damaged.
         LoadError: a tensor is missing, unexpected or of another shape. Nothing is ever initialised at random.
     """
+    check_head_bits(head_bits)
     folder = resolve(path)
     check_memory(max_memory)
     if max_memory is not None and device_map is None:
@@ -75,6 +80,7 @@ def load_quantized(
     if not is_awq(folder):
         options = {"dtype": dtype, "device_map": device_map, "max_memory": max_memory, "kernel": kernel}
         options |= {"fuse": fuse, "max_seq_len": max_seq_len, "trust_remote_code": trust_remote_code}
+        options |= {"head_bits": head_bits}
         return _load_foreign(folder, **options, **kwargs)
     if kernel is not None and kernel not in kernel_choices():
         raise ConfigError(f"kernel {kernel!r} is unknown; known are: {', '.join(kernel_choices())}")
@@ -102,6 +108,8 @@ def load_quantized(
         raise LoadError(f"transformers cannot load {folder}: {error}") from error
     _raise_on_differences(folder, info, reader.unused)
     model.eval()
+    if head_bits is not None:
+        quantize_head(model, kernel)
     if fuse:
         fuse_layers(model, max_seq_len)
     return model

@@ -38,6 +38,8 @@ class AwqQuantizer(HfQuantizer):
         backend = str(getattr(quantization_config.backend, "value", quantization_config.backend))
         self.kernel = None if backend == "auto" else backend
         self.has_experts = False
+        # The path of an output head that was rounded after loading; see `awq.hf.head`.
+        self.rounded_head: str | None = None
         self.do_fuse: bool = getattr(quantization_config, "do_fuse", False)
         self.fuse_max_seq_len: int | None = getattr(quantization_config, "fuse_max_seq_len", None)
         self._dtypes: dict[str, torch.dtype] = {}
@@ -104,6 +106,7 @@ class AwqQuantizer(HfQuantizer):
                 parameter.data = parameter.data.to(planned)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        self._refuse_rounded_head("dequantized")
         # A configuration that has been saved spells its dtype.
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         for path, module in list(model.named_modules()):
@@ -117,8 +120,20 @@ class AwqQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
-        """`save_pretrained` writes the tensors that were loaded."""
+        """`save_pretrained` writes the tensors that were loaded.
+
+        Raises:
+            ConfigError: one of them is no longer there.
+        """
+        self._refuse_rounded_head("saved")
         return True
+
+    def _refuse_rounded_head(self, what: str) -> None:
+        if self.rounded_head is not None:
+            raise ConfigError(
+                f"{self.rounded_head} was rounded when the model was loaded, and what it was before is gone: "
+                f"load the model without head_bits for one that can be {what}"
+            )
 
     @property
     def is_trainable(self) -> bool:

@@ -113,7 +113,7 @@ def replace_layers(model: nn.Module, stored: Stored) -> list[str]:
         fused_parts = parts_of(model.get_submodule(owner)) or {}
         put(model, owner, _filled(model, owner, fused_parts, stems_of, stored))
         replaced.append(owner)
-    _untie(model, replaced)
+    untie(model, replaced)
     return replaced
 
 
@@ -187,7 +187,7 @@ def _filled(
     return QuantExperts(fused, parts, [layers[number] for number in range(len(layers))])
 
 
-def _untie(model: Any, replaced: list[str]) -> None:
+def untie(model: Any, replaced: list[str]) -> None:
     """Forget that a quantized output layer was tied to the embeddings: they have nothing in common now."""
     tied = getattr(model, "all_tied_weights_keys", {})
     heads = {f"{path}.weight" for path in replaced} & (set(tied) | set(tied.values()))

@@ -1,4 +1,4 @@
-"""Our own products for CPUs, in C++ (`cpp/w4.cpp`), for any number of rows.
+"""Our own products for CPUs, in C++ (`cpp/w4.cpp`), for codes of any width and any number of rows.
 
 Activations are written in whole numbers, chunk by chunk of at most 128 input channels, and multiplied with
 the codes in whole numbers: exact sums, so that a row's result depends neither on the rows beside it nor on
@@ -10,7 +10,7 @@ the number of threads. How exact the activations are is a number of signed bytes
     1      `cpu-w4a8`          6e-3
 
 `cpu-w4a8` is therefore never chosen by itself. Any group that divides by 8 and any number of outputs is
-served.
+served. Codes of 5 to 8 bits are multiplied nibble by nibble: twice the work, and twice the bytes, of 4 bits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from awq.kernels import native
 from awq.kernels.spec import LayerSpec
 from awq.weight import QuantizedWeight
 
-_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _BLOCK = 64
 _HUGE = 2 << 20
 # Layers in large pages: each takes two of the 65,530 mappings that Linux allows a process.
@@ -38,12 +38,16 @@ _huge = itertools.count()
 
 
 class State(NamedTuple):
-    """Codes uint8 `[blocks of 64 outputs, in / 8, 64, 4]`; scales and zero points `[groups, out]`."""
+    """Codes uint8 `[blocks of 64 outputs, planes, in / 8, 64, 4]`; scales and zero points `[groups, out]`.
+
+    There are two planes of nibbles where codes have more than 4 bits, and one otherwise.
+    """
 
     packed: Tensor
     scales_by_group: Tensor
     zeros_by_group: Tensor
     group_size: int
+    planes: int
 
     @property
     def scales(self) -> Tensor:
@@ -67,8 +71,6 @@ class CpuNative:
         """Why a layer cannot be served."""
         if spec.device != "cpu":
             return f"it runs on the CPU, not on {spec.device}"
-        if spec.bits > 4:
-            return f"{spec.bits} bits do not fit a nibble"
         if spec.group_size % 8:
             return f"groups of {spec.group_size} do not divide by 8"
         found = load()
@@ -76,15 +78,15 @@ class CpuNative:
 
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> State:
         """Arrange the codes in blocks."""
-        return _prepare(_library(), weight)
+        return _prepare(loaded(), weight)
 
     def forward(self, inputs: Tensor, state: State) -> Tensor:
         """The product for inputs of any shape; a row with NaN or infinity in it becomes NaN."""
-        return _multiply(_library(), inputs, state, self.digits(inputs.dtype))
+        return _multiply(loaded(), inputs, state, self.digits(inputs.dtype))
 
     def codes(self, state: State) -> Tensor:
         """Undo the arrangement."""
-        return _codes(_library(), state)
+        return _codes(loaded(), state)
 
     def digits(self, dtype: torch.dtype) -> int:
         """Bytes of an activation."""
@@ -106,7 +108,12 @@ def load() -> native.Native | str:
     return native.load(is_right)
 
 
-def _library() -> native.Native:
+def loaded() -> native.Native:
+    """The library.
+
+    Raises:
+        KernelError: there is none.
+    """
     found = load()
     if isinstance(found, str):
         raise KernelError(f"the C++ product for CPUs cannot be used: {found}")
@@ -117,11 +124,14 @@ def _prepare(found: native.Native, weight: QuantizedWeight) -> State:
     rows, columns = weight.codes.shape
     codes = weight.codes.contiguous()
     blocks = -(-rows // _BLOCK)
-    packed = memory(blocks * columns // 8 * _BLOCK * 4).view(blocks, columns // 8, _BLOCK, 4)
-    found.library.openawq_pack(codes.data_ptr(), rows, columns, packed.data_ptr(), torch.get_num_threads())
-    scales = weight.scales if weight.scales.dtype in _KINDS else weight.scales.float()
+    planes = 1 if weight.bits <= 4 else 2
+    shape = (blocks, planes, columns // 8, _BLOCK, 4)
+    packed = memory(math.prod(shape)).view(shape)
+    threads = torch.get_num_threads()
+    found.library.openawq_pack(codes.data_ptr(), rows, columns, planes, packed.data_ptr(), threads)
+    scales = weight.scales if weight.scales.dtype in KINDS else weight.scales.float()
     zeros = weight.zeros.t().contiguous()
-    return State(packed, scales.t().contiguous(), zeros, columns // scales.shape[1])
+    return State(packed, scales.t().contiguous(), zeros, columns // scales.shape[1], planes)
 
 
 def memory(size: int) -> Tensor:
@@ -144,7 +154,7 @@ def memory(size: int) -> Tensor:
 
 
 def _multiply(found: native.Native, inputs: Tensor, state: State, digits: int) -> Tensor:
-    if inputs.dtype not in _KINDS:
+    if inputs.dtype not in KINDS:
         return _multiply(found, inputs.float(), state, digits).to(inputs.dtype)
     scales, zeros = state.scales_by_group, state.zeros_by_group
     outputs = scales.shape[1]
@@ -160,15 +170,16 @@ def _multiply(found: native.Native, inputs: Tensor, state: State, digits: int) -
     failed = found.library.openawq_w4(
         inputs.data_ptr(),
         stride,
-        _KINDS[inputs.dtype],
+        KINDS[inputs.dtype],
         rows,
         columns,
         outputs,
         state.packed.data_ptr(),
         scales.data_ptr(),
-        _KINDS[scales.dtype],
+        KINDS[scales.dtype],
         zeros.data_ptr(),
         state.group_size,
+        state.planes,
         out.data_ptr(),
         digits,
         torch.get_num_threads(),
@@ -183,16 +194,21 @@ def _codes(found: native.Native, state: State) -> Tensor:
     columns = groups * state.group_size
     codes = torch.empty(rows, columns, dtype=torch.uint8)
     threads = torch.get_num_threads()
-    found.library.openawq_unpack(state.packed.data_ptr(), rows, columns, codes.data_ptr(), threads)
+    packed = state.packed.data_ptr()
+    found.library.openawq_unpack(packed, rows, columns, state.planes, codes.data_ptr(), threads)
     return codes
 
 
 def is_right(found: native.Native) -> bool:
     """Whether a library just loaded multiplies as it should: a moment's work against a broken compiler."""
+    return all(_is_right(found, bits) for bits in (4, 8))
+
+
+def _is_right(found: native.Native, bits: int) -> bool:
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 16, (72, 64), generator=generator, dtype=torch.uint8)
-    zeros = torch.randint(0, 16, (72, 2), generator=generator, dtype=torch.uint8)
-    weight = QuantizedWeight(codes, torch.rand(72, 2, generator=generator), zeros)
+    codes = torch.randint(0, 1 << bits, (72, 64), generator=generator, dtype=torch.uint8)
+    zeros = torch.randint(0, 1 << bits, (72, 2), generator=generator, dtype=torch.uint8)
+    weight = QuantizedWeight(codes, torch.rand(72, 2, generator=generator), zeros, bits)
     inputs = torch.randn(45, 64, generator=generator)
     state = _prepare(found, weight)
     expected = inputs @ weight.dequantize().t()

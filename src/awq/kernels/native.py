@@ -214,10 +214,19 @@ def _declare(library: Any) -> None:
     library.openawq_start.argtypes = [pointer]
     library.openawq_w4.argtypes = [
         *(pointer, whole, number, whole, whole, whole),
-        *(pointer, pointer, number, pointer, whole, pointer, number, number),
+        *(pointer, pointer, number, pointer, whole, number, pointer, number, number),
+    ]
+    real = ctypes.c_float
+    library.openawq_norm.argtypes = [
+        *(pointer, number, whole, whole, pointer, number, real, real, number, pointer, number),
+    ]
+    library.openawq_norm.restype = None
+    library.openawq_attend.argtypes = [
+        *(pointer, pointer, pointer, number, pointer, pointer),
+        *(whole, whole, whole, whole, whole, real, pointer, number),
     ]
     for name in ("openawq_pack", "openawq_unpack"):
-        getattr(library, name).argtypes = [pointer, whole, whole, pointer, number]
+        getattr(library, name).argtypes = [pointer, whole, whole, number, pointer, number]
         getattr(library, name).restype = None
 
 

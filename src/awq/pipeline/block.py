@@ -7,38 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from awq.config import QuantConfig, Setting
-from awq.kernels.triton_panel import mover_for, panel_for
-from awq.model.invariance import apply
-from awq.model.layers import Fold, Structure, linears_of, scale_rows
+from awq.model.layers import Fold, Structure, linears_of
+from awq.pipeline.folding import fold_in
 from awq.pipeline.observe import Batch
-from awq.pipeline.precision import matmul_precision
-from awq.search import (
-    Codes,
-    InputStats,
-    ScaleGrid,
-    full_range,
-    gptq,
-    nearest,
-    output_error,
-    refine,
-    search_clip,
-    search_scale,
-)
-from awq.search.rounding import round_panel
-from awq.search.scale import expand
+from awq.pipeline.stacks import Corrector, Rounded, Way, holding, relative_error, round_layers
+from awq.search import Codes, InputStats
 
-# Most weights of layers with a common input that are rounded together (float32: 1 GB).
-_STACKED = 1 << 28
 # Tokens on which candidates for a block are compared through the block itself.
-_JUDGED_TOKENS = 4096
+_JUDGED_TOKENS = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +31,10 @@ class BlockResult:
     Args:
         codes: the quantized layers by name inside the block.
         chosen: `tuned`, `gptq`, `nearest` or `rtn`: whichever has the smallest error at the output.
-        errors: mean squared error of each candidate's block output, relative to the block's own update.
-        layers: for each quantized layer its relative output error, and plain rounding's.
+        errors: mean squared error of each candidate's block output, relative to the block's own update. Where
+            the quantized model is followed, on the inputs that it gives the block.
+        layers: for each quantized layer its relative output error, and plain rounding's, each for the weight
+            that was rounded.
         scales: how each fold's scale was found, by producer.
         dropped_rows: input rows left out of the statistics because they were not finite.
         approximate: layers whose statistics leave out correlations between far channels.
@@ -88,6 +73,7 @@ def quantize_block(
     config: QuantConfig,
     scale_dtype: torch.dtype,
     stored_dtypes: dict[str, torch.dtype],
+    correct: Corrector | None = None,
     tuner: Callable[[dict[str, Codes]], dict[str, Codes]] | None = None,
 ) -> BlockResult:
     """Choose scales, ranges and codes for `layers`.
@@ -106,47 +92,50 @@ def quantize_block(
         config: what to quantize to.
         scale_dtype: storage dtype of quantization scales.
         stored_dtypes: dtype on disk of each parameter that stays float, by name in the block.
+        correct: changes weights before they are rounded; not for plain rounding.
         tuner: improves codes by the block's own output; its float weights are in place then.
     """
     linears = linears_of(block)
     first_of = {name: first for first, members in structure.inputs.items() for name in members}
-    plain = _round(block, layers, stats, first_of, config, scale_dtype, False, ("nearest",))
-    baseline = plain["nearest"]
-    layer_errors = {
-        name: {"rtn": _relative(linears[name].weight, baseline[name], stats[first_of[name]])}
-        for name in layers
-    }
-    candidates = {"rtn": baseline}
-    errors = {"rtn": _judged(block, baseline, judge)}
+
+    def rounded(way: Way, correct: Corrector | None = None) -> Rounded:
+        return round_layers(block, layers, stats, first_of, config, scale_dtype, way, correct)
+
+    found = {"rtn": rounded(Way("nearest", False))}
+    errors = {"rtn": judged(block, found["rtn"].codes, judge)}
     scales: dict[str, str] = {}
     if config.method == "awq":
-        reload()
         stats = dict(stats)
         for fold in folds:
-            scales[fold.source] = _fold(
+            scales[fold.source] = fold_in(
                 block, fold, layers, stats, first_of, config, scale_dtype, stored_dtypes
             )
-        folded = {name: parameter.data for name, parameter in block.named_parameters()}
-        wanted = ("nearest", "gptq") if config.rounding == "auto" else (config.rounding,)
-        found = _round(block, layers, stats, first_of, config, scale_dtype, config.clip, wanted)
-        candidates |= found
-        errors |= {rounding: _judged(block, codes, judge) for rounding, codes in found.items()}
+        first, *others = ("gptq", "nearest") if config.rounding == "auto" else (config.rounding,)
+        found[first] = rounded(Way(first, config.clip), correct)
+        errors[first] = judged(block, found[first].codes, judge)
+        for other in others if errors[first] >= errors["rtn"] else ():
+            found[other] = rounded(Way(other, config.clip), correct)
+            errors[other] = judged(block, found[other].codes, judge)
         if tuner is not None:
             best = min(errors.keys() - {"rtn"}, key=lambda name: (errors[name], name))
-            _restore(block, folded)
-            candidates["tuned"] = tuner(candidates[best])
-            errors["tuned"] = _judged(block, candidates["tuned"], judge)
+            codes = tuner(found[best].codes)
+            errors["tuned"] = judged(block, codes, judge)
+            found["tuned"] = Rounded(
+                codes,
+                {
+                    name: relative_error(linears[name].weight.data, layer, stats[first_of[name]])
+                    for name, layer in codes.items()
+                },
+            )
     chosen = min(errors, key=lambda name: (errors[name], name))
+    layer_errors = {name: {"rtn": error} for name, error in found["rtn"].errors.items()}
     if chosen == "rtn":
         reload()
     else:
-        _restore(block, folded)
-        for name in layers:
-            layer_errors[name]["awq"] = _relative(
-                linears[name].weight, candidates[chosen][name], stats[first_of[name]]
-            )
+        for name, error in found[chosen].errors.items():
+            layer_errors[name]["awq"] = error
     return BlockResult(
-        candidates[chosen],
+        found[chosen].codes,
         chosen,
         errors,
         layer_errors,
@@ -163,7 +152,7 @@ def make_judge(
 
     Batches are taken evenly until a few thousand tokens are covered.
     """
-    tokens = sum(batch.hidden.shape[0] * batch.hidden.shape[1] for batch in batches)
+    tokens = sum(batch.tokens for batch in batches)
     stride = max(1, tokens // _JUDGED_TOKENS)
     chosen = list(zip(batches, outputs, strict=True))[::stride]
 
@@ -179,152 +168,10 @@ def make_judge(
     return judge
 
 
-def _fold(
-    block: nn.Module,
-    fold: Fold,
-    layers: Mapping[str, Setting],
-    stats: dict[str, InputStats],
-    first_of: dict[str, str],
-    config: QuantConfig,
-    scale_dtype: torch.dtype,
-    stored_dtypes: dict[str, torch.dtype],
-) -> str:
-    """Search a fold's scale, fold it in, and update the statistics; returns how the scale was made."""
-    linears = linears_of(block)
-    by_input: dict[str, list[str]] = {}
-    for name in fold.consumers:
-        if name in layers:
-            by_input.setdefault(first_of[name], []).append(name)
-    if not by_input:
-        return "none of its readers is quantized"
-
-    def weights_of(names: list[str]) -> list[Tensor]:
-        return [linears[name].weight.data for name in names]
-
-    # Where readers have several inputs, the scale is made for the input of most weights.
-    first, readers = max(by_input.items(), key=lambda item: sum(w.numel() for w in weights_of(item[1])))
-    grid = ScaleGrid(
-        *config.setting, scale_dtype, config.scale_steps, config.duo_scaling, not config.zero_point
-    )
-    settings = [layers[name] for name in readers]
-    choice = search_scale(weights_of(readers), stats[first], grid, fold.tie, settings)
-    if choice.label == "identity":
-        return choice.label
-    scale = storable(block.get_submodule(fold.producer), fold, choice.scale, stored_dtypes)
-    apply(block, fold, scale)
-    for name in by_input:
-        stats[name] = stats[name].divided(expand(scale, fold.tie))
-    return choice.label
-
-
-def storable(producer: nn.Module, fold: Fold, scale: Tensor, stored_dtypes: dict[str, torch.dtype]) -> Tensor:
-    """Nudge a scale so that a norm's divided weight is exactly what its storage dtype can hold.
-
-    A bfloat16 norm weight is known to one part in 256 only; unless the consumers are multiplied by what was
-    really divided, that rounding would remain as an error in every channel.
-    """
-    weight = producer._parameters[fold.weight]
-    assert weight is not None  # producers are found by their weight
-    dtype = stored_dtypes.get(f"{fold.producer}.{fold.weight}".lstrip("."), torch.float32)
-    if weight.dim() != 1 or dtype == torch.float32:
-        return scale
-    offset = 1.0 if fold.rule == "one_plus" else 0.0
-    old = weight.data[fold.rows]
-    new = scale_rows(old, True, fold.rule, 1 / scale).to(dtype).float()
-    exact = (old + offset) / (new + offset)
-    sane = torch.isfinite(exact) & ((exact / scale - 1).abs() < 0.02)
-    return torch.where(sane, exact, scale)
-
-
-def _round(
-    block: nn.Module,
-    layers: Mapping[str, Setting],
-    stats: dict[str, InputStats],
-    first_of: dict[str, str],
-    config: QuantConfig,
-    dtype: torch.dtype,
-    clip: bool,
-    roundings: Sequence[str],
-) -> dict[str, dict[str, Codes]]:
-    """Codes of every layer for each of the `roundings`, `{rounding: {layer: codes}}`.
-
-    Layers that share an input are stacked: rows are independent of one another.
-    """
-    linears, symmetric = linears_of(block), not config.zero_point
-    out: dict[str, dict[str, Codes]] = {rounding: {} for rounding in roundings}
-    for first, members in _stacks(linears, layers, first_of):
-        weight = torch.cat([linears[name].weight.data for name in members])
-        bits, size = layers[members[0]].bits, layers[members[0]].size(weight.shape[1])
-        seen = stats[first]
-        if clip and seen.tokens:
-            low, high = search_clip(weight, seen, bits, size, dtype, symmetric=symmetric)
-        else:
-            low, high = full_range(weight, size)
-        rows = [linears[name].out_features for name in members]
-        for rounding in roundings:
-            if rounding == "gptq":
-                panel = panel_for(weight.device) or round_panel
-                stacked = gptq(weight, seen, low, high, bits, dtype, panel, symmetric)
-                mover = mover_for(weight.device)
-                with matmul_precision("highest"):
-                    stacked = refine(weight, seen, stacked, bits, config.refine, mover)
-            else:
-                stacked = nearest(weight, low, high, bits, dtype, symmetric)
-            for name, *parts in zip(members, *(tensor.split(rows) for tensor in stacked), strict=True):
-                out[rounding][name] = Codes(*parts)
-    return out
-
-
-def _stacks(
-    linears: dict[str, nn.Linear], layers: Mapping[str, Setting], first_of: dict[str, str]
-) -> Iterator[tuple[str, list[str]]]:
-    """Layers with a common input that are quantized alike, as many at a time as may be stacked; with the
-    first layer of that input."""
-    together: dict[tuple[str, Setting], list[str]] = {}
-    for name, setting in layers.items():
-        together.setdefault((first_of[name], setting), []).append(name)
-    for (first, _), members in together.items():
-        stack: list[str] = []
-        size = 0
-        for name in members:
-            weights = linears[name].weight.numel()
-            if stack and size + weights > _STACKED:
-                yield first, stack
-                stack, size = [], 0
-            stack.append(name)
-            size += weights
-        yield first, stack
-
-
-def _judged(block: nn.Module, codes: dict[str, Codes], judge: Callable[[], float]) -> float:
-    """The block's error with the values of `codes` in place; they stay there."""
-    for name, layer in codes.items():
-        block.get_submodule(name).weight.data = layer.values()
-    return judge()
-
-
-@contextmanager
-def holding(block: nn.Module, codes: Mapping[str, Codes]) -> Iterator[None]:
-    """Within a `with` block, the layers hold the values of `codes`."""
-    kept = {name: block.get_submodule(name).weight.data for name in codes}
-    try:
-        for name, layer in codes.items():
-            block.get_submodule(name).weight.data = layer.values()
-        yield
-    finally:
-        for name, value in kept.items():
-            block.get_submodule(name).weight.data = value
-
-
-def _restore(block: nn.Module, values: dict[str, Tensor]) -> None:
-    for name, parameter in block.named_parameters():
-        parameter.data = values[name]
-
-
-def _relative(weight: Tensor, codes: Codes, stats: InputStats) -> float:
-    """Mean squared output error of a layer relative to its mean squared output."""
-    error = float(output_error(codes.values() - weight.data, stats).double().sum())
-    return error / max(float(output_error(weight.data, stats).double().sum()), 1e-300)
+def judged(block: nn.Module, codes: Mapping[str, Codes], judge: Callable[[], float]) -> float:
+    """The block's error with the values of `codes` in place."""
+    with holding(block, codes):
+        return judge()
 
 
 def report_of(result: BlockResult) -> dict[str, Any]:

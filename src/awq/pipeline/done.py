@@ -30,7 +30,8 @@ class Done:
         proofs: of its folds.
         stored: dtype on disk of each of its parameters.
         hidden: hidden states behind it.
-        quantized: the same behind the quantized block; None where nobody asks.
+        quantized: those of the samples that are followed, behind the quantized block; None where nobody asks.
+        own_error: what the codes' error is on the block's original inputs.
     """
 
     result: BlockResult
@@ -39,6 +40,7 @@ class Done:
     stored: dict[str, torch.dtype]
     hidden: list[torch.Tensor]
     quantized: list[torch.Tensor] | None
+    own_error: float
 
     @property
     def dropped(self) -> dict[str, float]:
@@ -47,7 +49,7 @@ class Done:
 
     def outcome(self) -> dict[str, Any]:
         """The block's entry in the report."""
-        out = report_of(self.result) | {"dropped_folds": self.dropped}
+        out = report_of(self.result) | {"own_error": self.own_error, "dropped_folds": self.dropped}
         return out | ({"experts": coverage_of(self.seen.coverage)} if self.seen.coverage else {})
 
 

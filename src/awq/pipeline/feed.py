@@ -6,6 +6,7 @@ tokens that discovers them. They count in no statistic.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -24,8 +25,10 @@ from awq.pipeline.observe import Batch
 _PROBE_ROWS, _PROBE_TOKENS, _SINGLE_TOKENS = 2, 24, 16
 # An input with images is the long probe if it has no more tokens than this.
 _MOST_PROBE_TOKENS = 4096
-# Of the hidden states, at most: before and behind a block, of its float and of its quantized self.
-_COPIES = 4
+# Samples that are followed at least, if there are as many.
+_FEWEST_FOLLOWED = 8
+# Of the hidden states, at most: before and behind a block, of its float and of its quantized self, and a sum.
+_COPIES = 5
 
 
 class Feed:
@@ -37,6 +40,7 @@ class Feed:
         samples: int64 `[tokens]` each, or inputs with images.
         batch_tokens: most tokens of a batch, padding counted; inputs with images are batches as they are.
         device: where the embeddings run.
+        follow: one of so many samples goes through the quantized blocks too; 0 for none.
     """
 
     def __init__(
@@ -46,10 +50,12 @@ class Feed:
         samples: Sequence[Sample],
         batch_tokens: int,
         device: torch.device,
+        follow: int = 0,
     ) -> None:
         self._skeleton, self._list_name, self._device = skeleton, list_name, device
         self._texts = [sample for sample in samples if isinstance(sample, Tensor)]
         self._given = [_batch_of(sample) for sample in samples if isinstance(sample, ModelInputs)]
+        self._followed = tuple(_taken(len(held), follow) for held in (self._texts, self._given))
         self._probes = probes(samples, skeleton.placeholders)
         self.batch_tokens = batch_tokens
         self._prepare()
@@ -61,11 +67,28 @@ class Feed:
         self.quantized: list[Tensor] | None = None
 
     def _prepare(self) -> None:
-        made = make_batches(self._texts, batch_tokens=self.batch_tokens)
-        self._token_batches: list[TokenBatch] = [*made, *self._given]
+        # Those that are followed are batches of their own, and the first ones.
+        texts, given = self._followed
+        others = set(range(len(self._texts))) - set(texts)
+        first = self._batches_of(texts) + [self._given[index] for index in given]
+        rest = [batch for index, batch in enumerate(self._given) if index not in set(given)]
+        self.followed = len(first)
+        self._token_batches: list[TokenBatch] = [*first, *self._batches_of(sorted(others)), *rest]
         inputs = [batch.inputs for batch in self._token_batches]
         self._passes = dry_pass(self._skeleton, self._list_name, [*inputs, *self._probes], self._device)
         self._given_to_blocks = {number: entries_of(holder) for number, holder in self._holders()}
+
+    def _batches_of(self, chosen: Sequence[int]) -> list[TokenBatch]:
+        """Batches of some of the texts; they know them by their place among all."""
+        made = make_batches([self._texts[index] for index in chosen], batch_tokens=self.batch_tokens)
+        return [
+            dataclasses.replace(batch, index=tuple(chosen[place] for place in batch.index)) for batch in made
+        ]
+
+    @property
+    def followed_bytes(self) -> int:
+        """Bytes of the hidden states of the samples that are followed."""
+        return sum(item.hidden.nbytes for item in self._passes[: self.followed])
 
     @property
     def has_images(self) -> bool:
@@ -78,9 +101,13 @@ class Feed:
         return any(item.shares_state for item in self._passes)
 
     def at(self, block: int, quantized: bool = False) -> list[Batch]:
-        """The calibration batches in front of a block, as the blocks before or their quantized selves give
-        them."""
-        masks = [batch.mask for batch in self._token_batches]
+        """The calibration batches in front of a block.
+
+        Args:
+            block: its number.
+            quantized: those of the samples that are followed, as the quantized blocks before give them.
+        """
+        masks = [batch.mask for batch in self._token_batches[: self.followed if quantized else None]]
         states = self.hidden if not quantized or self.quantized is None else self.quantized
         return [
             Batch(hidden, item.calls[block], mask)
@@ -124,27 +151,34 @@ class Feed:
             raise StructureError(f"{what} does not fit in memory; use a smaller --seq-len or smaller images")
         self._home = torch.device("cpu")
         self.put([state.cpu() for state in self.states()])
-        count = len(self._token_batches) - len(self._given)
-        before = self._token_batches[:count]
+        before = self._token_batches
         self.batch_tokens = max(longest, self.batch_tokens // 2)
         self._prepare()
-        self.hidden = self._cut(before, self.hidden)
+        count, followed = len(before), self._token_batches[: self.followed]
+        self.hidden = self._cut(before, self.hidden, self._token_batches) + self.hidden[count:]
         if self.quantized is not None:
-            self.quantized = self._cut(before, self.quantized)
+            self.quantized = self._cut(before, self.quantized, followed)
 
-    def _cut(self, before: list[TokenBatch], states: list[Tensor]) -> list[Tensor]:
-        """Hidden states of the batches `before`, cut as the batches are now."""
+    def _cut(
+        self, before: Sequence[TokenBatch], states: Sequence[Tensor], now: Sequence[TokenBatch]
+    ) -> list[Tensor]:
+        """Hidden states of the batches `before`, as many as there are, as the batches `now` have them.
+
+        Inputs with images are batches by themselves, and stay as they are.
+        """
+        held = list(zip(before, states, strict=False))
+        whole = (hidden for batch, hidden in held if not batch.index)
         rows = {
             index: hidden[row, : len(self._texts[index])]
-            for batch, hidden in zip(before, states, strict=False)
+            for batch, hidden in held
             for row, index in enumerate(batch.index)
         }
-        joined = [
+        return [
             torch.nn.utils.rnn.pad_sequence([rows[index] for index in batch.index], batch_first=True)
-            for batch in self._token_batches
             if batch.index
+            else next(whole)
+            for batch in now
         ]
-        return joined + states[len(before) :]
 
     def state(self) -> dict[str, Tensor]:
         """What blocks have handed to later ones, by names that `restore` understands.
@@ -190,6 +224,11 @@ class Feed:
                         seen.add(id(holder))
                         yield number, holder
                         number += 1
+
+
+def _taken(count: int, every: int) -> list[int]:
+    """Places of one of `every` samples, or of more where there are few; none for 0."""
+    return list(range(0, count, max(1, min(every, count // _FEWEST_FOLLOWED)))) if every else []
 
 
 def _batch_of(given: ModelInputs) -> TokenBatch:

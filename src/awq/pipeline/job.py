@@ -25,6 +25,9 @@ from awq.pipeline.preflight import Files, plan_files, predict_peak
 from awq.pipeline.report import Plan
 from awq.pipeline.skipped import left_float
 
+# One of so many samples shows weights what to make up for: more are hardly better, and cost time.
+_FOLLOWED = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -117,7 +120,8 @@ def prepare(
     if unfinished is not None:
         tokens = unfinished.batch_tokens
         torch.set_num_threads(unfinished.threads)
-    feed = Feed(skeleton, list_name, request.calibration.samples, tokens, device)
+    follow = _share_followed(config)
+    feed = Feed(skeleton, list_name, request.calibration.samples, tokens, device, follow)
     kinds, kind_of_block = discover(skeleton, list_name, blocks, feed, config, device, request.overrides)
     require_layers(kind_of_block, config, blocks)
     notes = require_scales(kind_of_block, config)
@@ -144,9 +148,15 @@ def prepare(
         quantized=list(layers),
         skipped=left_float(skeleton, list_name, plans),
         output_bytes=files.bytes,
-        disk_bytes=files.bytes + 2 * hidden_bytes,
+        disk_bytes=files.bytes + 2 * (hidden_bytes + feed.followed_bytes),
         peak_bytes=predict_peak(
-            blocks, kind_of_block, feed.batch_tokens, around, hidden_bytes, bool(config.tune)
+            blocks,
+            kind_of_block,
+            feed.batch_tokens,
+            around,
+            hidden_bytes,
+            feed.followed_bytes,
+            bool(config.tune),
         ),
         device=str(device),
         batch_tokens=feed.batch_tokens,
@@ -154,6 +164,14 @@ def prepare(
         mix={"bits": mix.bits, "layers": layers} if config.target_bits is not None else None,
     )
     return Job(list_name, blocks, plans, mix, feed, files, layers, notes, plan)
+
+
+def _share_followed(config: QuantConfig) -> int:
+    """One of so many samples goes through the quantized blocks as well; 0 for none."""
+    if config.tune:
+        return 1
+    corrects = config.correction and config.method == "awq" and config.format != "folded"
+    return _FOLLOWED if corrects else 0
 
 
 def _mix(

@@ -23,11 +23,11 @@ from awq.formats.entry import MIXING
 from awq.model import Skeleton
 from awq.model.experts import expert_names
 from awq.model.layers import Structure, linears_of
-from awq.pipeline.block import holding
 from awq.pipeline.feed import Feed
 from awq.pipeline.kinds import KindPlan
 from awq.pipeline.observe import Batch, Seen, measure
 from awq.pipeline.preflight import scale_dtype, storage_dtype
+from awq.pipeline.stacks import holding
 from awq.search import Codes, full_range, nearest, output_error
 from awq.search.budget import Choice, spend
 
@@ -267,7 +267,7 @@ def _through(
     count no more than others, and a change counts as much in an early block as in a late one, since later
     blocks only add to the hidden states.
     """
-    tokens = sum(batch.hidden.shape[0] * batch.hidden.shape[1] for batch in batches)
+    tokens = sum(batch.tokens for batch in batches)
     shares, squares = [], []
     with holding(block, codes):
         for batch, output in list(zip(batches, outputs, strict=True))[:: max(1, tokens // _JUDGED_TOKENS)]:

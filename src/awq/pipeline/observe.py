@@ -8,7 +8,8 @@ anything borrows those of all experts of the layer together.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -38,6 +39,11 @@ class Batch:
     hidden: Tensor
     call: BlockCall
     mask: Tensor | None
+
+    @property
+    def tokens(self) -> int:
+        """Rows of the hidden states, padding counted."""
+        return self.hidden.shape[0] * self.hidden.shape[1]
 
     def run(self, block: nn.Module, device: torch.device, keep: bool = False) -> Tensor:
         """The block's output on `device`; `keep` what it writes for later blocks, or forget it."""
@@ -79,11 +85,13 @@ class Seen:
         stats: by the first layer of each shared input that some layer to quantize reads.
         outputs: the block's outputs, on the devices the inputs came from.
         coverage: by the name of each layer of experts.
+        sums: inputs of the modules that were asked for, of the first batches, where the outputs are.
     """
 
     stats: dict[str, InputStats]
     outputs: list[Tensor]
     coverage: dict[str, Coverage]
+    sums: dict[str, list[Tensor]] = dataclasses.field(default_factory=dict)
 
 
 def measure(
@@ -93,8 +101,21 @@ def measure(
     batches: Sequence[Batch],
     device: torch.device,
     group_size: int,
+    readers: Collection[str] = (),
+    followed: int = 0,
 ) -> Seen:
-    """Run every batch through the block once, and note what the `layers` see."""
+    """Run every batch through the block once, and note what the `layers` see.
+
+    Args:
+        block: float32, original weights in place.
+        structure: shared inputs.
+        layers: to quantize.
+        batches: calibration samples.
+        device: where the block is.
+        group_size: smallest part that a Gram matrix may be cut into.
+        readers: modules whose inputs are kept, for as many of the first batches as are `followed`.
+        followed: see there.
+    """
     within = expert_names(block)
     widths = {name: width_of(module) for name, module in readers_of(block).items()}
     wanted = {first for first, members in structure.inputs.items() if set(members) & set(layers)}
@@ -104,7 +125,8 @@ def measure(
     }
     source = _sources(structure, within)
     outputs = []
-    for batch in batches:
+    kept: dict[str, list[Tensor]] = {name: [] for name in readers}
+    for number, batch in enumerate(batches):
         keep = None if batch.mask is None else batch.mask.to(device)
 
         def note(name: str, inputs: Tensor, keep: Tensor | None = keep) -> None:
@@ -115,10 +137,28 @@ def measure(
                 masked = keep is not None and keep.numel() == rows and name not in within
                 sums[first].add(inputs, keep if masked else None)
 
-        with watch_inputs(block, note), only_tokens(block, keep):
+        watched = kept if number < followed else {}
+        with (
+            watch_inputs(block, note),
+            only_tokens(block, keep),
+            _keeping(block, watched, batch.hidden.device),
+        ):
             outputs.append(batch.run(block, device, keep=True).to(batch.hidden.device))
     stats, coverage = _pooled({first: total.finish() for first, total in sums.items()}, within)
-    return Seen(stats, outputs, coverage)
+    return Seen(stats, outputs, coverage, kept)
+
+
+@contextmanager
+def _keeping(block: nn.Module, kept: Mapping[str, list[Tensor]], home: torch.device) -> Iterator[None]:
+    """Within a `with` block, inputs of some modules are appended to lists."""
+    with ExitStack() as stack:
+        for name, inputs in kept.items():
+
+            def hook(module: nn.Module, args: Any, inputs: list[Tensor] = inputs) -> None:
+                inputs.append(args[0].to(home, copy=True))
+
+            stack.callback(block.get_submodule(name).register_forward_pre_hook(hook).remove)
+        yield
 
 
 def _sources(structure: Structure, within: dict[str, ExpertName]) -> dict[str, str]:

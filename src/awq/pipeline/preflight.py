@@ -118,14 +118,16 @@ def predict_peak(
     batch_tokens: int,
     surrounding_bytes: int,
     hidden_bytes: int,
+    followed_bytes: int = 0,
     tuning: bool = False,
 ) -> int:
     """Bytes that the work will take at its peak, beyond what the process holds already.
 
     The largest block counts twice (its weights, and a candidate's values) plus a byte a weight for each of
     three candidates' codes; G of every distinct input, and four times the largest for its inverse; the
-    activations of a batch; the hidden states before and behind the block. Tuning holds for each weight what
-    moves it and its gradients.
+    activations of a batch; the hidden states before and behind the block, and for samples followed those of
+    the quantized blocks and a sum inside the block. Tuning holds for each weight what moves it and its
+    gradients.
     """
     peak, a_weight = surrounding_bytes, 11 + (_TUNING_BYTES if tuning else 0)
     for block, kind in zip(blocks, kinds, strict=True):
@@ -136,7 +138,7 @@ def predict_peak(
         activations = batch_tokens * channels_at_once(block)
         stacked = max((layer.weight.numel() for layer in linears_of(block).values()), default=0)
         peak = max(peak, a_weight * weights + 4 * grams + 4 * activations + 12 * stacked)
-    return peak + 2 * hidden_bytes
+    return peak + 2 * hidden_bytes + 3 * followed_bytes
 
 
 def check_disk(out: Path, needed: int) -> None:

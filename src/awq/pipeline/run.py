@@ -20,18 +20,21 @@ from awq.model import Skeleton, open_model, pick_device
 from awq.model.fetch import Lazily, load_processor, load_tokenizer, resolve
 from awq.model.invariance import prove
 from awq.model.overrides import Overrides
-from awq.pipeline.block import holding, make_judge, quantize_block
+from awq.model.sums import find_sums
+from awq.pipeline.block import make_judge, quantize_block
 from awq.pipeline.done import Done, tensors_of
 from awq.pipeline.finish import REPORT_NAME, finish
+from awq.pipeline.follow import Follower
 from awq.pipeline.job import Job, Request, prepare
 from awq.pipeline.journal import Journal, check_output, lock, open_journal, taken
-from awq.pipeline.memory import peak_memory
+from awq.pipeline.memory import give_back, peak_memory
 from awq.pipeline.mix import common_size
 from awq.pipeline.observe import Batch, measure
 from awq.pipeline.precision import float32_by_default, matmul_precision
 from awq.pipeline.preflight import check_disk, scale_dtype
 from awq.pipeline.report import BlockReport, Progress, Report, Silent, write_json
 from awq.pipeline.skipped import not_converted
+from awq.pipeline.stacks import holding
 from awq.pipeline.tune import teaching, tune
 from awq.pipeline.verdict import verdict_on
 from awq.pipeline.writer import DEFAULT_SHARD_BYTES, ShardWriter
@@ -236,6 +239,8 @@ class _Run:
             report = BlockReport(name, spent, done.outcome())
             journal.batch_tokens = feed.batch_tokens  # the hidden states are cut that way
             journal.finish_block(dataclasses.asdict(report), feed.states(), feed.state())
+            del done
+            give_back()
         self.progress.block_done(index, report)
 
     def _worked(self, skeleton: Skeleton, job: Job, block: nn.Module, index: int) -> Done:
@@ -244,10 +249,21 @@ class _Run:
         settings = job.mix.blocks[index]
         with self._timed("forward"):
             skeleton.load(block, name, self.device)
-            seen = measure(
-                block, kind.structure, kind.layers, feed.at(index), self.device, common_size(self.config)
-            )
             long, single = feed.probes_at(index)
+            sums = {}
+            if feed.followed and self.config.correction:
+                with matmul_precision("highest"):
+                    sums = find_sums(block, kind.layers, lambda: long.run(block, self.device))
+            seen = measure(
+                block,
+                kind.structure,
+                kind.layers,
+                feed.at(index),
+                self.device,
+                common_size(self.config),
+                {place.reader for place in sums.values() if place.reader is not None},
+                feed.followed,
+            )
             with matmul_precision("highest"):
                 proofs = prove(block, kind.folds, lambda: long.whole(block, self.device))
             behind = [p.run(block, self.device, keep=True).to(p.hidden.device) for p in (long, single)]
@@ -256,10 +272,18 @@ class _Run:
             for parameter, _ in block.named_parameters()
         }
         # Blocks that share state would need a second one for the quantized blocks' states.
-        follows = bool(self.config.tune) and not feed.shares_state
-        batches, quantized = feed.at(index, quantized=follows), None
+        follows = bool(feed.followed) and not feed.shares_state
+        batches, outputs, quantized = feed.at(index), seen.outputs, None
+        judge_own = make_judge(block, batches, outputs, self.device)
+        correct = None
+        if feed.followed:
+            batches, outputs = feed.at(index, quantized=True), outputs[: feed.followed]
+        if sums:
+            there: dict[str | None, Sequence[torch.Tensor]] = {None: outputs}
+            there.update(seen.sums)
+            correct = Follower(block, sums, batches, there, self.device)
         parted = teaching if self.config.tune else (lambda every: (every, every))
-        (taught, held), (targets, wanted) = parted(batches), parted(seen.outputs)
+        (taught, held), (targets, wanted) = parted(batches), parted(outputs)
         judge = make_judge(block, held, wanted, self.device)
         with self._timed("search"):
             result = quantize_block(
@@ -273,12 +297,15 @@ class _Run:
                 self.config,
                 scale_dtype(self.config),
                 stored,
+                correct,
                 partial(self._tuned, block, taught, targets, judge, settings) if self.config.tune else None,
             )
+            own_error = result.errors[result.chosen]
             if follows:
                 with holding(block, result.codes):
                     quantized = [b.run(block, self.device).to(b.hidden.device) for b in batches]
-        return Done(result, seen, proofs, stored, seen.outputs + behind, quantized)
+                    own_error = judge_own()
+        return Done(result, seen, proofs, stored, seen.outputs + behind, quantized, own_error)
 
     def _tell(self, name: str, done: Done) -> None:
         """What deserves a line about a block."""

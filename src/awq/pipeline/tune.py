@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from awq.pipeline.block import holding
+from awq.pipeline.block import judged
 from awq.pipeline.observe import Batch
 from awq.search import Codes
 
@@ -149,7 +149,7 @@ def tune(
     moving = {name: _Moving.of(layer, 2 ** bits[name] - 1) for name, layer in codes.items()}
     generator = torch.Generator().manual_seed(_SEED)
     order: list[int] = []
-    best, least = dict(codes), _error(block, codes, judge)
+    best, least = dict(codes), judged(block, codes, judge)
     every = -(-steps // _JUDGED)
     for step in range(steps):
         if not order:
@@ -162,14 +162,9 @@ def tune(
             layer.step(2 * _TRAVEL / steps * (1 - step / steps), step + 1)
         if (step + 1) % every == 0 or step + 1 == steps:
             now = {name: layer.codes(codes[name]) for name, layer in moving.items()}
-            if (error := _error(block, now, judge)) < least:
+            if (error := judged(block, now, judge)) < least:
                 best, least = now, error
     return best
-
-
-def _error(block: nn.Module, codes: Mapping[str, Codes], judge: Callable[[], float]) -> float:
-    with holding(block, codes):
-        return judge()
 
 
 def _loss(

@@ -154,7 +154,7 @@ def _advice(
     config: QuantConfig,
     samples: int,
 ) -> str:
-    expected = {report.name: report.outcome["error"] for report in reports}
+    expected = {report.name: report.outcome["own_error"] for report in reports}
     strange = [b["name"] for b in blocks if b["error"] > _ALIKE * expected[b["name"]] + 1e-3]
     if strange and config.format != "folded":
         return (

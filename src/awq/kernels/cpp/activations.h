@@ -17,6 +17,7 @@ struct Call {
     Kind scale_kind;
     const uint8_t* zeros;
     int64_t group;
+    int planes;  // 2 where a code has more than 4 bits, 1 otherwise
     void* out;
     int chunk;
     int64_t chunks;

@@ -34,6 +34,11 @@ static inline fvec fset(float a) { return _mm512_set1_ps(a); }
 static inline fvec fmul(fvec a, fvec b) { return _mm512_mul_ps(a, b); }
 static inline fvec fma(fvec a, fvec b, fvec c) { return _mm512_fmadd_ps(a, b, c); }
 static inline fvec fnma(fvec a, fvec b, fvec c) { return _mm512_fnmadd_ps(a, b, c); }
+static inline fvec fmax(fvec a, fvec b) { return _mm512_max_ps(a, b); }
+static inline ivec to_int(fvec a) { return _mm512_cvtps_epi32(a); }
+static inline fvec times_power(fvec a, ivec n) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(n, 23)));
+}
 static inline ivec dot(ivec sum, ivec codes, ivec x) {
 #if defined(__AVX512VNNI__)
     // As an intrinsic, compilers copy each sum to another register before, and back after.
@@ -70,6 +75,11 @@ static inline fvec fset(float a) { return _mm256_set1_ps(a); }
 static inline fvec fmul(fvec a, fvec b) { return _mm256_mul_ps(a, b); }
 static inline fvec fma(fvec a, fvec b, fvec c) { return _mm256_fmadd_ps(a, b, c); }
 static inline fvec fnma(fvec a, fvec b, fvec c) { return _mm256_fnmadd_ps(a, b, c); }
+static inline fvec fmax(fvec a, fvec b) { return _mm256_max_ps(a, b); }
+static inline ivec to_int(fvec a) { return _mm256_cvtps_epi32(a); }
+static inline fvec times_power(fvec a, ivec n) {
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(n, 23)));
+}
 static inline ivec dot(ivec sum, ivec codes, ivec x) {
 #if defined(__AVXVNNI__)
     asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(codes), "x"(x));

@@ -34,6 +34,11 @@ static inline fvec fset(float a) { return vdupq_n_f32(a); }
 static inline fvec fmul(fvec a, fvec b) { return vmulq_f32(a, b); }
 static inline fvec fma(fvec a, fvec b, fvec c) { return vfmaq_f32(c, a, b); }
 static inline fvec fnma(fvec a, fvec b, fvec c) { return vfmsq_f32(c, a, b); }
+static inline fvec fmax(fvec a, fvec b) { return vmaxq_f32(a, b); }
+static inline ivec to_int(fvec a) { return vcvtnq_s32_f32(a); }
+static inline fvec times_power(fvec a, ivec n) {
+    return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a), vshlq_n_s32(n, 23)));
+}
 static inline ivec dot(ivec sum, ivec codes, ivec x) {
     const int8x16_t a = vreinterpretq_s8_s32(codes), b = vreinterpretq_s8_s32(x);
 #if defined(__ARM_FEATURE_DOTPROD)

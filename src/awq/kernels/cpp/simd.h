@@ -3,7 +3,8 @@
 // A vector has LANES lanes of 32 bits; a tile has VECTORS of them, which with six rows leave room for the
 // weights in the registers. `dot` is the heart: for each lane, four unsigned bytes times four signed bytes,
 // added to the lane. Codes are below 16, so that they may be taken for signed bytes. Where STEPS is not 0, `dot`
-// adds to sums of 16 bits, two to a lane, which hold that many steps; `widen` makes them one of 32.
+// adds to sums of 16 bits, two to a lane, which hold that many steps; `widen` makes them one of 32. `times_power`
+// multiplies with a power of 2 (normal numbers only), and `fmax` of a number and NaN is NaN if NaN is the second.
 #pragma once
 
 #include <cstdint>

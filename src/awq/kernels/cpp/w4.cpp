@@ -1,4 +1,4 @@
-// Products of activations with 4-bit weights, in whole numbers.
+// Products of activations with weights of 2 to 8 bits, in whole numbers.
 //
 // Processors multiply bytes several times faster than floats. So each row of activations is written, chunk by
 // chunk of at most 128 input channels, as scale * (d0 + 256 d1 + 65536 d2) with signed bytes d ("digits"):
@@ -9,13 +9,18 @@
 // Codes lie in blocks of 64 output channels, [blocks][in / 8][64 outputs][4 bytes]: byte b of an output holds
 // input channels ORDER[b] (low nibble) and ORDER[4 + b] (high nibble) of the eight, so that masking a vector
 // gives the four channels of one `dot`. Scales and zero points are [groups][outputs].
+//
+// Codes of more than 4 bits lie in two planes, [blocks][2][in / 8][64 outputs][4 bytes]: their low nibbles, then
+// their high ones, which count sixteen times. A byte of theirs costs what a byte of two 4-bit codes does.
 
-#include <atomic>
 #include <cstdlib>
 #include <optional>
 
 #include "activations.h"
+#include "attention.h"
+#include "norm.h"
 #include "simd.h"
+#include "threads.h"
 #if defined(__AMX_INT8__)
 #include "amx.h"
 #endif
@@ -144,21 +149,22 @@ void multiply_any(
 #undef ROWS
 }
 
-// Scales and zero points of a block's group as floats; outputs that do not exist get 0.
-void read_group(const Call& call, int64_t block, int64_t g, float* scales, float* zeros) {
+// Scales and zero points of a block's group in a plane as floats; outputs that do not exist get 0.
+void read_group(const Call& call, int64_t block, int64_t g, int plane, float* scales, float* zeros) {
     const int64_t at = g * call.outputs + block * BLOCK;
     const int64_t left = call.outputs - block * BLOCK;
-    const int n = left < BLOCK ? int(left) : BLOCK;
-    if (n == BLOCK) {
-        read(scales, call.scales, at, call.scale_kind, BLOCK);
-        for (int i = 0; i < BLOCK; i++) zeros[i] = call.zeros[at + i];
-        return;
-    }
-    uint8_t last[4 * BLOCK] = {};
     const int width = call.scale_kind == FLOAT32 ? 4 : 2;
-    std::memcpy(last, static_cast<const uint8_t*>(call.scales) + at * width, n * width);
-    read(scales, last, 0, call.scale_kind, BLOCK);
-    for (int i = 0; i < BLOCK; i++) zeros[i] = i < n ? call.zeros[at + i] : 0;
+    const uint8_t* from_scales = static_cast<const uint8_t*>(call.scales) + at * width;
+    const uint8_t* from_zeros = call.zeros + at;
+    uint8_t last_scales[4 * BLOCK] = {}, last_zeros[BLOCK] = {};
+    if (left < BLOCK) {
+        from_scales = static_cast<const uint8_t*>(std::memcpy(last_scales, from_scales, left * width));
+        from_zeros = static_cast<const uint8_t*>(std::memcpy(last_zeros, from_zeros, left));
+    }
+    read(scales, from_scales, 0, call.scale_kind, BLOCK);
+    for (int i = 0; i < BLOCK; i++) zeros[i] = float(from_zeros[i] >> 4 * plane & 15);
+    if (plane == 1)
+        for (int i = 0; i < BLOCK; i++) scales[i] *= 16;
 }
 
 #if defined(__AMX_INT8__)
@@ -211,17 +217,16 @@ void multiply_block(const Call& call, int64_t block, int64_t first, int rows) {
     std::memset(sums, 0, sizeof(float) * rows * BLOCK);
     const int eights = call.chunk / 8;
     const int parts = (rows + MOST - 1) / MOST;
-    const uint8_t* codes = call.codes + block * (call.columns / 8) * ROW;
+    const uint8_t* codes = call.codes + block * call.planes * (call.columns / 8) * ROW;
 #if defined(__AMX_INT8__)
     std::optional<Tiles> tiles;
     if (rows >= TILED_ROWS) tiles.emplace(call.chunk);
 #endif
-    int64_t group = -1;
-    for (int64_t c = 0; c < call.chunks; c++, codes += eights * ROW) {
-        if (c * call.chunk / call.group != group) {
-            group = c * call.chunk / call.group;
-            read_group(call, block, group, scales, zeros);
-        }
+    const int64_t group_chunks = call.group / call.chunk;
+    for (int64_t i = 0; i < call.planes * call.chunks; i++, codes += eights * ROW) {
+        const int64_t c = i % call.chunks;
+        if (c % group_chunks == 0)
+            read_group(call, block, c / group_chunks, int(i / call.chunks), scales, zeros);
         const int64_t at = c * call.rows + first;
         const int8_t* x = call.digits + at * D * call.chunk;
         if (parts == 1) {  // the weights are used once: they need not be expanded first
@@ -249,34 +254,6 @@ void multiply_block(const Call& call, int64_t block, int64_t first, int rows) {
         write(
             call.out, (first + r) * call.outputs + block * BLOCK, sums + r * BLOCK, call.x_kind,
             left < BLOCK ? int(left) : BLOCK);
-}
-
-// ---- threads -----------------------------------------------------------------------------------------------
-
-// PyTorch's own pool: another one beside it would fight for the cores. The signature is that of GOMP_parallel,
-// which GNU's, LLVM's and Intel's OpenMP libraries all have.
-using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-Parallel pool = nullptr;
-
-template <class F>
-struct Loop {
-    const F& body;
-    int64_t count;
-    std::atomic<int64_t> next{0};
-    static void run(void* self) {
-        Loop& loop = *static_cast<Loop*>(self);
-        for (int64_t i; (i = loop.next.fetch_add(1)) < loop.count;) loop.body(i);
-    }
-};
-
-template <class F>
-void parallel(int threads, int64_t count, const F& body) {
-    Loop<F> loop{body, count};
-    if (threads > count) threads = int(count);
-    if (threads > 1 && pool != nullptr)
-        pool(&Loop<F>::run, &loop, unsigned(threads), 0);
-    else
-        Loop<F>::run(&loop);
 }
 
 template <int D>
@@ -320,10 +297,10 @@ int openawq_start(void* parallel_function) {
 // out [rows, outputs] = x [rows, columns] times the weight; 0, or 1 when there is no memory for it.
 int openawq_w4(
     const void* x, int64_t x_stride, int x_kind, int64_t rows, int64_t columns, int64_t outputs,
-    const void* codes, const void* scales, int scale_kind, const void* zeros, int64_t group, void* out,
-    int digits, int threads) {
+    const void* codes, const void* scales, int scale_kind, const void* zeros, int64_t group, int planes,
+    void* out, int digits, int threads) {
     Call call{x, x_stride, Kind(x_kind), rows, columns, outputs, static_cast<const uint8_t*>(codes),
-              scales, Kind(scale_kind), static_cast<const uint8_t*>(zeros), group, out,
+              scales, Kind(scale_kind), static_cast<const uint8_t*>(zeros), group, planes, out,
               chunk_of(group), 0, nullptr, nullptr, nullptr};
     call.chunks = columns / call.chunk;
     const size_t bytes = size_t(rows) * size_t(columns) * size_t(digits);
@@ -342,34 +319,67 @@ int openawq_w4(
 }
 
 // Codes uint8 [outputs, columns] to and from the blocks.
-void openawq_pack(const uint8_t* codes, int64_t outputs, int64_t columns, uint8_t* packed, int threads) {
+void openawq_pack(
+    const uint8_t* codes, int64_t outputs, int64_t columns, int planes, uint8_t* packed, int threads) {
     const int64_t eights = columns / 8;
-    parallel(threads, (outputs + BLOCK - 1) / BLOCK, [&](int64_t block) {
-        uint8_t* to = packed + block * eights * ROW;
+    parallel(threads, (outputs + BLOCK - 1) / BLOCK * planes, [&](int64_t part) {
+        const int64_t block = part / planes;
+        const int shift = 4 * int(part % planes);
+        uint8_t* to = packed + part * eights * ROW;
         for (int64_t e = 0; e < eights; e++)
             for (int n = 0; n < BLOCK; n++, to += 4) {
                 const int64_t output = block * BLOCK + n;
                 const uint8_t* from = codes + output * columns + 8 * e;
-                for (int b = 0; b < 4; b++)
-                    to[b] = output < outputs ? uint8_t(from[ORDER[b]] | from[ORDER[4 + b]] << 4) : 0;
+                for (int b = 0; b < 4; b++) {
+                    const auto nibble = [&](int i) { return from[ORDER[i]] >> shift & 15; };
+                    to[b] = output < outputs ? uint8_t(nibble(b) | nibble(4 + b) << 4) : 0;
+                }
             }
     });
 }
 
-void openawq_unpack(const uint8_t* packed, int64_t outputs, int64_t columns, uint8_t* codes, int threads) {
+void openawq_unpack(
+    const uint8_t* packed, int64_t outputs, int64_t columns, int planes, uint8_t* codes, int threads) {
     const int64_t eights = columns / 8;
     parallel(threads, (outputs + BLOCK - 1) / BLOCK, [&](int64_t block) {
         const int64_t left = outputs - block * BLOCK;
         const int64_t n = left < BLOCK ? left : BLOCK;
         for (int64_t i = 0; i < n; i++)
-            for (int64_t e = 0; e < eights; e++) {
-                const uint8_t* from = packed + (block * eights + e) * ROW + 4 * i;
-                uint8_t* to = codes + (block * BLOCK + i) * columns + 8 * e;
+            for (int64_t e = 0; e < planes * eights; e++) {
+                const uint8_t* from = packed + (block * planes * eights + e) * ROW + 4 * i;
+                uint8_t* to = codes + (block * BLOCK + i) * columns + 8 * (e % eights);
+                const bool low = e < eights;
                 for (int b = 0; b < 4; b++) {
-                    to[ORDER[b]] = from[b] & 15;
-                    to[ORDER[4 + b]] = from[b] >> 4;
+                    to[ORDER[b]] = uint8_t(low ? from[b] & 15 : to[ORDER[b]] | from[b] << 4);
+                    to[ORDER[4 + b]] = uint8_t(low ? from[b] >> 4 : to[ORDER[4 + b]] | (from[b] & 0xf0));
                 }
             }
     });
+}
+
+// out [rows, columns] = x over the root of its mean square, times the weight; see norm.h.
+void openawq_norm(
+    const void* x, int kind, int64_t rows, int64_t columns, const void* weight, int weight_kind, float offset,
+    float epsilon, int rounds, void* out, int threads) {
+    const Norm norm{x, Kind(kind), rows, columns, weight, Kind(weight_kind), offset, epsilon, rounds != 0, out};
+    parallel(rows * columns < 32768 ? 1 : threads, rows, [&](int64_t row) { normalize(norm, row); });
+}
+
+// out [batch, heads, size] = attention of one token; 0, or 1 when there is no memory for it. Strides, in
+// elements, are those of batch and head of the query; of batch, head and position of keys, then of values; and of
+// batch and position of the mask, which may be null.
+int openawq_attend(
+    const void* query, const void* keys, const void* values, int kind, const void* mask, const int64_t* strides,
+    int64_t batch, int64_t heads, int64_t shared, int64_t length, int64_t size, float scale, void* out,
+    int threads) {
+    const Attention call{query, keys, values, Kind(kind), static_cast<const uint8_t*>(mask), strides,
+                         heads, shared, length, size, scale, out};
+    const int64_t tasks = batch * (heads / shared), floats = floats_of(call);
+    float* memory = static_cast<float*>(std::malloc(sizeof(float) * size_t(tasks * floats)));
+    if (memory == nullptr) return 1;
+    if (batch * heads * length * size < 200000) threads = 1;
+    parallel(threads, tasks, [&](int64_t task) { attend(call, task, memory + task * floats); });
+    std::free(memory);
+    return 0;
 }
 }
