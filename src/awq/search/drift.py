@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from awq.search.gram import GramAccumulator
+
 # Channels a token at which half of the change is believed: see above.
 _BELIEVED = 4
 
@@ -29,8 +31,7 @@ class DriftAccumulator:
 
     def __init__(self, out_features: int, in_features: int, device: torch.device | str = "cpu") -> None:
         self._cross = torch.zeros(out_features, in_features, device=device)
-        self._gram = torch.zeros(in_features, in_features, device=device)
-        self._tokens = 0
+        self._gram = GramAccumulator(in_features, device=device)
 
     def add(self, missing: Tensor, inputs: Tensor) -> None:
         """Count the finite rows of `missing` float32 `[tokens, out]` and `inputs` float32 `[tokens, in]`."""
@@ -38,21 +39,21 @@ class DriftAccumulator:
             finite = torch.isfinite(missing).all(dim=1) & torch.isfinite(inputs).all(dim=1)
             missing, inputs = missing[finite], inputs[finite]
         self._cross.addmm_(missing.t(), inputs)
-        self._gram.addmm_(inputs.t(), inputs)
-        self._tokens += inputs.shape[0]
+        self._gram.add(inputs)
 
     def correction(self) -> Tensor:
         """The change of the layer's weight, float32 `[out, in]`; none where tokens are fewer than channels.
 
         The sums are used up.
         """
-        channels = self._gram.shape[0]
-        if self._tokens < channels:
+        seen = self._gram.finish()
+        tokens, channels, gram = seen.tokens, seen.in_features, seen.gram[0]
+        if tokens < channels:
             return torch.zeros_like(self._cross)
-        diagonal = self._gram.diagonal()
-        diagonal += diagonal.mean() * channels / self._tokens
-        factor, failed = torch.linalg.cholesky_ex(self._gram)
+        diagonal = gram.diagonal()
+        diagonal += diagonal.mean() * channels / tokens
+        factor, failed = torch.linalg.cholesky_ex(gram)
         if int(failed):
             return torch.zeros_like(self._cross)
-        change = torch.cholesky_solve(self._cross.t(), factor).t()
-        return change * (self._tokens / (self._tokens + _BELIEVED * channels))
+        change = torch.cholesky_solve(self._cross.t() / tokens, factor).t()
+        return change * (tokens / (tokens + _BELIEVED * channels))
