@@ -108,3 +108,13 @@ def quantized(books6m: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFa
     model.save_quantized(str(folder))
     tokenizer.save_pretrained(str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def native_library() -> None:
+    """Skips where the C++ products cannot be had, with the reason."""
+    from awq.kernels import cpu_native
+
+    found = cpu_native.load()
+    if isinstance(found, str):
+        pytest.skip(f"the C++ products cannot be used here: {found}")

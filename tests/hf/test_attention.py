@@ -29,11 +29,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], int, bool]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _library() -> None:
-    found = cpu_native.load()
-    if isinstance(found, str):
-        pytest.skip(f"the C++ products cannot be used here: {found}")
+pytestmark = pytest.mark.usefixtures("native_library")
 
 
 @pytest.fixture(autouse=True)

@@ -15,16 +15,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from awq.hf.norms import NativeNorm, Rule, rule_of, undo_native_norms, use_native_norms
-from awq.kernels import cpu_native
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _library() -> None:
-    found = cpu_native.load()
-    if isinstance(found, str):
-        pytest.skip(f"the C++ products cannot be used here: {found}")
+pytestmark = pytest.mark.usefixtures("native_library")
 
 
 def lively(module: Any, dtype: torch.dtype) -> Any:

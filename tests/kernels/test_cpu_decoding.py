@@ -18,11 +18,7 @@ from awq.kernels.cpu_decoding import attend, attend_refuses, rms_norm
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _library() -> None:
-    found = cpu_native.load()
-    if isinstance(found, str):
-        pytest.skip(f"the C++ products cannot be used here: {found}")
+pytestmark = pytest.mark.usefixtures("native_library")
 
 
 @pytest.fixture
