@@ -43,7 +43,7 @@ class Agreement(NamedTuple):
 
 
 def wants_avx512() -> None:
-    """Skip the test where vLLM has no product for 4-bit weights: its library for x86 without AVX512 lacks it."""
+    """Skip the test where vLLM has no product for 4-bit weights: on x86 without AVX512."""
     if platform.machine() == "x86_64" and "avx512" not in native.available():
         pytest.skip(
             "vLLM's products for 4-bit weights on x86 need AVX512, which this processor does not have"

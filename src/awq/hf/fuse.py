@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from awq.errors import ConfigError
 from awq.hf import attention
+from awq.hf.decoding import undo_native_blocks, use_native_blocks
 from awq.hf.grouped import undo_grouped, use_grouped
 from awq.hf.norms import undo_native_norms, use_native_norms
 from awq.hf.placement import is_spread
+from awq.hf.room import give_room, undo_give_room
 from awq.hf.static import StaticGeneration
 from awq.kernels import cpu_native
 from awq.nn import Merge, QuantExperts, QuantLinear, apart_because
@@ -116,19 +118,23 @@ def _merge(model: Any) -> list[tuple[str, ...]]:
 
 @torch.no_grad()
 def _use_native(model: Any) -> None:
-    """Norms, and attention of single tokens, in C++."""
+    """What lies between products, in C++, and a cache with room to grow."""
     try:
         before = _decode(model)
+        use_native_blocks(model, model.dtype)
         use_native_norms(model, model.dtype)
         if attention.pays() and attention.is_plain(model):
             attention.use(model, attention.NAME, attention.attend)
+        give_room(model)
         _raise_if_different(_decode(model), before)
     except Exception as error:  # the model's own code, on inputs that it may not take
         _undo_native(model)
-        _warn(f"norms and attention stay transformers' own: {error}")
+        _warn(f"what lies between products stays transformers' own: {error}")
 
 
 def _undo_native(model: Any) -> None:
+    undo_give_room(model)
+    undo_native_blocks(model)
     undo_native_norms(model)
     attention.undo(model, attention.NAME)
 

@@ -18,6 +18,7 @@
 
 #include "activations.h"
 #include "attention.h"
+#include "block.h"
 #include "norm.h"
 #include "simd.h"
 #include "threads.h"
@@ -381,5 +382,11 @@ int openawq_attend(
     parallel(threads, tasks, [&](int64_t task) { attend(call, task, memory + task * floats); });
     std::free(memory);
     return 0;
+}
+
+// Turns one token's hidden states into those behind a block, and adds its keys and values to the cache; see
+// block.h. 0, or 1 when there is no memory for it.
+int openawq_block(const Block* block, const Token* token, int threads) {
+    return through(*block, *token, threads);
 }
 }

@@ -1,0 +1,202 @@
+"""A decoder block for one new token of each sequence in one call of C++ (`cpp/block.h`).
+
+Between two products of a token there are a dozen small operators, and the weights have left nothing of Python
+and PyTorch in the caches: to call them takes several times what they compute.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from awq.errors import KernelError
+from awq.kernels.cpu_native import KINDS, State, loaded
+
+# What channels of heads and of layers divide by, and the most channels that a head may have.
+WIDE = 16
+LARGEST_HEAD = 512
+# Activations, as `cpp/gate.h` numbers them.
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+
+
+class Norm(NamedTuple):
+    """A root mean square norm: weight `[channels]`, and the rest as in `cpu_decoding.rms_norm`."""
+
+    weight: Tensor
+    epsilon: float
+    offset: float
+    rounds: bool
+
+
+class Product(NamedTuple):
+    """A layer, or several merged: the arrangement of its codes, and its bias `[out]` or None."""
+
+    state: State
+    bias: Tensor | None
+
+
+class BlockParts(NamedTuple):
+    """What a block is made of.
+
+    x + out(attention(qkv(first(x)))), and to that, as y, down(activation(gate) * up) of second(y). Queries
+    and keys may have norms of their own, over heads or over all channels, and are turned by position.
+
+    `starts` are the channels where queries, keys and values begin in the output of `qkv`, and gate and up in
+    that of `wide`. `size` is that of a head; `scale` is that of the products of queries and keys.
+    """
+
+    first: Norm
+    second: Norm
+    query: Norm | None
+    keys: Norm | None
+    qkv: Product
+    out: Product
+    wide: Product
+    down: Product
+    starts: tuple[int, int, int, int, int]
+    heads: int
+    groups: int
+    size: int
+    scale: float
+    activation: str
+
+
+class _Product(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "bias")),
+        *((name, ctypes.c_int64) for name in ("columns", "outputs", "group")),
+        *((name, ctypes.c_int32) for name in ("scale_kind", "planes")),
+    )
+
+
+class _Scaling(ctypes.Structure):
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("columns", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("kind", "rounds")),
+        *((name, ctypes.c_float) for name in ("offset", "epsilon")),
+    )
+
+
+class _Block(ctypes.Structure):
+    _fields_ = (
+        *((name, _Product) for name in ("qkv", "out", "wide", "down")),
+        *((name, _Scaling) for name in ("first", "second", "query", "keys")),
+        *((name, ctypes.c_int64) for name in ("heads", "groups", "size")),
+        ("starts", ctypes.c_int64 * 5),
+        ("scale", ctypes.c_float),
+        ("activation", ctypes.c_int32),
+    )
+
+
+class _Token(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "cosines", "sines", "keys", "values", "mask", "result")),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        *((name, ctypes.c_int64) for name in ("batch", "length")),
+        *((name, ctypes.c_int32) for name in ("kind", "digits")),
+    )
+
+
+class CpuBlock:
+    """One block, ready to run. It holds the tensors whose addresses it has.
+
+    Args:
+        parts: of what it is made. Channels, heads and what lies between gate and down divide by `WIDE`.
+        dtype: of activations, and of biases.
+        digits: bytes of an activation in products; see `cpu_native`.
+    """
+
+    def __init__(self, parts: BlockParts, dtype: torch.dtype, digits: int) -> None:
+        self.parts, self.dtype, self._digits = parts, dtype, digits
+        self._block = _Block(
+            *(_product(each) for each in (parts.qkv, parts.out, parts.wide, parts.down)),
+            *(_scaling(each) for each in (parts.first, parts.second, parts.query, parts.keys)),
+            parts.heads,
+            parts.groups,
+            parts.size,
+            (ctypes.c_int64 * 5)(*parts.starts),
+            parts.scale,
+            ACTIVATIONS[parts.activation],
+        )
+        self._at = ctypes.addressof(self._block)
+        self._strides = ctypes.c_int64 * 10
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies have addresses of their own.
+        return CpuBlock, (self.parts, self.dtype, self._digits)
+
+    def __call__(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """The hidden states behind the block.
+
+        Args:
+            x: `[batch, 1, channels]`, contiguous, in the block's dtype.
+            rotation: cosines and sines, `[batch or 1, 1, head_dim]` in that dtype, contiguous.
+            keys, values: `[batch, groups, length, head_dim]` in that dtype, with strides as they may be, but
+                for the last. Their last token is written: it is this one.
+            mask: bool `[batch or 1, 1, 1, length]`, True where to attend; None for everywhere.
+
+        Returns:
+            The shape of x.
+        """
+        result = torch.empty_like(x)
+        cosines, sines = rotation
+        masks = (0, 0) if mask is None else (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(3))
+        strides = self._strides(
+            cosines.stride(0) if cosines.shape[0] > 1 else 0,
+            sines.stride(0) if sines.shape[0] > 1 else 0,
+            *keys.stride()[:3],
+            *values.stride()[:3],
+            *masks,
+        )
+        token = _Token(
+            x.data_ptr(),
+            cosines.data_ptr(),
+            sines.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            None if mask is None else mask.data_ptr(),
+            result.data_ptr(),
+            strides,
+            x.shape[0],
+            keys.shape[2],
+            KINDS[self.dtype],
+            self._digits,
+        )
+        if loaded().library.openawq_block(self._at, ctypes.addressof(token), torch.get_num_threads()):
+            raise KernelError(f"no memory for a block with {x.shape[0]} sequences of {keys.shape[2]} tokens")
+        return result
+
+
+def _product(product: Product) -> _Product:
+    state, bias = product
+    groups, outputs = state.scales_by_group.shape
+    tensors: Sequence[Tensor] = (state.packed, state.scales_by_group, state.zeros_by_group)
+    if not all(each.is_contiguous() for each in tensors) or (bias is not None and not bias.is_contiguous()):
+        raise KernelError("a block's codes, scales, zero points and biases lie contiguously in memory")
+    return _Product(
+        *(each.data_ptr() for each in tensors),
+        None if bias is None else bias.data_ptr(),
+        groups * state.group_size,
+        outputs,
+        state.group_size,
+        KINDS[state.scales_by_group.dtype],
+        state.planes,
+    )
+
+
+def _scaling(norm: Norm | None) -> _Scaling:
+    if norm is None:
+        return _Scaling(None, 0, 0, 0, 0.0, 0.0)
+    weight = norm.weight
+    if not weight.is_contiguous():
+        raise KernelError("the weights of a block's norms lie contiguously in memory")
+    return _Scaling(
+        weight.data_ptr(), weight.numel(), KINDS[weight.dtype], norm.rounds, norm.offset, norm.epsilon
+    )
