@@ -224,10 +224,10 @@ def check_layers(original: Any, model: Any) -> None:
 
 
 def bits_per_weight(original: Path, quantized: Path) -> float:
-    """Bits on disk for each weight that is stored in another way than it was."""
+    """Bits on disk for each weight that is stored in another way than it was; a head written apart is none."""
     before, after = _sizes(original), _sizes(quantized)
     replaced = [name for name in before if name not in after and name != "lm_head.weight"]
-    added = sum(size for name, (size, _) in after.items() if name not in before)
+    added = sum(size for name, (size, _) in after.items() if name not in before and name != "lm_head.weight")
     return 8 * added / sum(before[name][1] for name in replaced)
 
 

@@ -288,7 +288,7 @@ def _joined(layers: tuple[QuantLinear, ...], dtype: torch.dtype) -> Product:
 
 
 def _agrees(found: _Pieces, parts: BlockParts, dtype: torch.dtype) -> bool:
-    """Whether ours gives what the module gives, and puts the same into the cache, for random hidden states."""
+    """Whether ours gives what the module gives, and puts the same into the cache, for random inputs."""
     generator = torch.Generator().manual_seed(0)
     block = CpuBlock(_in(parts, dtype), dtype, found.kernel.digits(dtype))
     exact = dtype is torch.float32
