@@ -11,7 +11,7 @@ import pytest
 import torch
 from rounded import prompt, quantized_pair, relative
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.models.llama import modeling_llama
 
 from awq.hf import decoding
@@ -142,6 +142,32 @@ def test_ways_to_generate(options: dict[str, Any], model: Any) -> None:
     for ours, theirs in zip(getattr(got, kind), getattr(expected, kind), strict=True):
         for one, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"max_seq_len": 64}, {}], ids=["of the model", "of the call"])
+def test_static_caches(options: dict[str, int], model: Any, uses: list[int]) -> None:
+    ids = prompt()
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    expected = model.generate(ids, attention_mask=mask, **GREEDY)
+    fuse(model, **options)
+    static = {} if options else {"cache_implementation": "static"}
+    for _ in range(2):  # the second time in a cache that held something else
+        uses.clear()
+        assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY, **static), expected)
+        assert uses == [10 + i for i in range(11) for _ in range(2)]
+
+
+@torch.no_grad()
+def test_a_static_cache_that_is_full_is_left_to_transformers(model: Any, uses: list[int]) -> None:
+    fuse(model)
+    cache = StaticCache(config=model.config, max_cache_len=10)
+    model(prompt(), past_key_values=cache)
+    uses.clear()
+    model(prompt(length=1), past_key_values=cache)
+    assert uses == [10, 10]
+    with pytest.raises((RuntimeError, IndexError)):
+        model(prompt(length=1), past_key_values=cache)
 
 
 def test_a_conversation_goes_on_in_its_cache(model: Any, uses: list[int]) -> None:

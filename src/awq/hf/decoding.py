@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, StaticCache, StaticLayer
 
 from awq.errors import KernelError
 from awq.hf.attention import NAME, pays
 from awq.hf.gates import Rule as GateRule
 from awq.hf.gates import rule_of as gate_rule_of
 from awq.hf.norms import rule_of as norm_rule_of
-from awq.hf.room import RoomyLayer
+from awq.hf.room import RoomyLayer, place_for_one, tokens_of
 from awq.kernels.cpu_block import LARGEST_HEAD, WIDE, BlockParts, CpuBlock, Norm, Product
 from awq.kernels.cpu_native import KINDS, CpuNative
 from awq.nn import QuantLinear
@@ -80,25 +80,26 @@ class NativeBlock:
         """As the module, which takes over where ours does not serve."""
         rotation, mask = kwargs.get("position_embeddings"), kwargs.get("attention_mask")
         layer = self._layer(kwargs.get("past_key_values"), hidden_states.shape[0])
+        held = tokens_of(layer)
         if (
             args
-            or layer is None
+            or held is None
             or not isinstance(rotation, tuple)
-            or not self._serves(hidden_states, rotation, mask, layer.keys.shape[2] + 1)
+            or not self._serves(hidden_states, rotation, held + 1)
+            or not _fits(mask, layer, held + 1)
             or not self._is_as_proved()
         ):
             return type(self.module).forward(self.module, hidden_states, *args, **kwargs)
-        parts = self.block.parts
-        keys, values = layer.longer_by((hidden_states.shape[0], parts.groups, 1, parts.size))
+        keys, values = place_for_one(layer, held)
         return self.block(hidden_states, rotation, keys, values, mask)
 
-    def _layer(self, cache: Any, batch: int) -> RoomyLayer | None:
-        """This block's part of the cache, if it is one with room that has tokens of as many sequences."""
-        if type(cache) is not DynamicCache or cache.offloading or torch.is_grad_enabled():
+    def _layer(self, cache: Any, batch: int) -> Any:
+        """This block's part of the cache, if it is one of ours or a static one, for as many sequences."""
+        if type(cache) not in (DynamicCache, StaticCache) or cache.offloading or torch.is_grad_enabled():
             return None
         index, parts = self.attention.layer_idx, self.block.parts
-        layer = cache.layers[index] if index < len(cache.layers) else None
-        if type(layer) is not RoomyLayer or not layer.is_initialized:
+        layer: Any = cache.layers[index] if index < len(cache.layers) else None
+        if not getattr(layer, "is_initialized", False):
             return None
         for held in (layer.keys, layer.values):
             shape = (batch, parts.groups, layer.keys.shape[2], parts.size)
@@ -106,18 +107,17 @@ class NativeBlock:
                 return None
         return layer
 
-    def _serves(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, length: int) -> bool:
-        dtype, batch, (cosines, sines) = self.block.dtype, x.shape[0], rotation
+    def _serves(self, x: Tensor, rotation: tuple[Tensor, Tensor], length: int) -> bool:
+        dtype, (cosines, sines) = self.block.dtype, rotation
         return (
             x.dtype is cosines.dtype is sines.dtype is dtype
             and x.shape[1] == 1
             and x.is_cpu
             and x.is_contiguous()
             and cosines.shape == sines.shape == (len(cosines), 1, self.block.parts.size)
-            and len(cosines) in (1, batch)
+            and len(cosines) in (1, len(x))
             and cosines.is_contiguous()
             and sines.is_contiguous()
-            and (mask is None or (mask.dtype is torch.bool and _fits(mask.shape, batch, length)))
             and (length <= _FAR or pays())
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
@@ -128,8 +128,13 @@ class NativeBlock:
         return not self.module.training and used in ("sdpa", NAME) and self.parts.are_as_they_were()
 
 
-def _fits(mask: tuple[int, ...], batch: int, length: int) -> bool:
-    return mask[0] in (1, batch) and mask[1:] == (1, 1, length)
+def _fits(mask: Tensor | None, layer: Any, length: int) -> bool:
+    """Whether a mask is over the tokens of a cache; those of a static one are over all its room."""
+    batch, _, room, _ = layer.keys.shape
+    if mask is None:
+        return type(layer) is not StaticLayer
+    covered = room if type(layer) is StaticLayer else length
+    return mask.dtype is torch.bool and len(mask) in (1, batch) and mask.shape[1:] == (1, 1, covered)
 
 
 def use_native_blocks(model: nn.Module, dtype: torch.dtype) -> list[str]:

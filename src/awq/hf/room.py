@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, StaticLayer
 
 # Tokens by which the room grows at least; memory that was never written to is not taken.
 _STEP = 256
@@ -36,22 +36,20 @@ class RoomyLayer(DynamicLayer):
             return out
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = self._longer("keys", self.keys, key_states.shape)
-        self.values = self._longer("values", self.values, value_states.shape)
         tokens = key_states.shape[-2]
+        self.make_longer(key_states.shape, value_states.shape)
         self.keys[..., -tokens:, :] = key_states
         self.values[..., -tokens:, :] = value_states
         return self.keys, self.values
 
-    def longer_by(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Keys and values with as many tokens more as the shape has, which the caller writes.
+    def make_longer(self, keys: Sequence[int], values: Sequence[int]) -> None:
+        """Let keys and values have as many tokens more as these shapes have, which the caller writes.
 
         Args:
-            shape: `[batch, heads, tokens, head_dim]`.
+            keys, values: `[batch, heads, tokens, head_dim]` of what is to be added.
         """
-        self.keys = self._longer("keys", self.keys, shape)
-        self.values = self._longer("values", self.values, shape)
-        return self.keys, self.values
+        self.keys = self._longer("keys", self.keys, keys)
+        self.values = self._longer("values", self.values, values)
 
     def _longer(self, name: str, held: Tensor, shape: Sequence[int]) -> Tensor:
         *lead, tokens, channels = shape
@@ -65,6 +63,33 @@ class RoomyLayer(DynamicLayer):
                 room[..., :before, :] = held
             self._rooms[name] = room
         return room.narrow(-2, 0, length)
+
+
+def tokens_of(layer: Any) -> int | None:
+    """How many tokens a layer of a cache holds; None if `place_for_one` has none in it for one more."""
+    if type(layer) is RoomyLayer and layer.is_initialized:
+        return int(layer.keys.shape[-2])
+    if type(layer) is StaticLayer and layer.is_initialized:
+        held = int(layer.cumulative_length)
+        return held if held < layer.max_cache_len else None
+    return None
+
+
+def place_for_one(layer: Any, held: int) -> tuple[Tensor, Tensor]:
+    """Keys and values with one token more than a layer holds, the last one for the caller to write.
+
+    Args:
+        layer: one of which `tokens_of` knows.
+        held: what that said.
+    """
+    if type(layer) is StaticLayer:
+        layer.cumulative_length.add_(1)
+        keys, values = layer.keys, layer.values
+        assert keys is not None and values is not None  # it is initialized
+        return keys.narrow(-2, 0, held + 1), values.narrow(-2, 0, held + 1)
+    one = slice(-1, None)
+    layer.make_longer(layer.keys[..., one, :].shape, layer.values[..., one, :].shape)
+    return layer.keys, layer.values
 
 
 def _begins(room: Tensor, held: Tensor) -> bool:

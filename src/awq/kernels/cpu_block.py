@@ -140,7 +140,7 @@ class CpuBlock:
             rotation: cosines and sines, `[batch or 1, 1, head_dim]` in that dtype, contiguous.
             keys, values: `[batch, groups, length, head_dim]` in that dtype, with strides as they may be, but
                 for the last. Their last token is written: it is this one.
-            mask: bool `[batch or 1, 1, 1, length]`, True where to attend; None for everywhere.
+            mask: bool `[batch or 1, 1, 1, length or more]`, True where to attend; None for everywhere.
 
         Returns:
             The shape of x.
