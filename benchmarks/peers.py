@@ -224,7 +224,7 @@ def check_layers(original: Any, model: Any) -> None:
 
 
 def bits_per_weight(original: Path, quantized: Path) -> float:
-    """Bits on disk for each weight that is stored in another way than it was; a head written apart is none."""
+    """Bits on disk for each weight that is stored in another way than it was, but for a head."""
     before, after = _sizes(original), _sizes(quantized)
     replaced = [name for name in before if name not in after and name != "lm_head.weight"]
     added = sum(size for name, (size, _) in after.items() if name not in before and name != "lm_head.weight")
