@@ -93,6 +93,17 @@ def test_what_cannot_be_measured_is_refused(
     assert told in done.err
 
 
+def test_fused_models_are_measured_and_read_the_bytes_that_they_have(
+    awq: Any, original: Path, quantized: Path
+) -> None:
+    sizes = ("--batch", 1, "--prefill", 4, *QUICK, "--json", "-")
+    plain = awq("bench", quantized, "--against", original, *sizes)
+    fused = awq("bench", quantized, "--against", original, "--fuse", *sizes)
+    assert fused.code == 0, fused.err
+    (_, one), (_, other) = ([row["read"] for row in found.json["rows"]] for found in (plain, fused))
+    assert 0.9 * one < other <= one  # rows of layers apart are filled up to 64
+
+
 def test_the_head_of_quantized_models_can_be_rounded(awq: Any, original: Path, quantized: Path) -> None:
     sizes = ("--batch", 1, "--prefill", 4, *QUICK, "--json", "-")
     plain = awq("bench", quantized, "--against", original, *sizes)

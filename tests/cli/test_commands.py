@@ -312,6 +312,13 @@ def test_the_version_and_the_help_are_told(awq: Any) -> None:
         assert awq(command, "--help").code == 0
 
 
+def test_a_fused_model_continues_with_the_same_words(awq: Any, quantized: Path) -> None:
+    options = ("--prompt", "The sea", "--max-new-tokens", 8, "--dtype", "float32")
+    plain, fused = awq("generate", quantized, *options), awq("generate", quantized, *options, "--fuse")
+    assert fused.code == 0, fused.err
+    assert fused.out == plain.out
+
+
 def test_a_rounded_head_can_be_judged_and_used(awq: Any, quantized: Path) -> None:
     options = ("--window", 64, "--max-tokens", 640, "--json", "-")
     done = awq("eval", quantized, "--against", quantized, "--head-bits", 8, *options)

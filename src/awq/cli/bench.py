@@ -27,6 +27,9 @@ def command(
     head_bits: Annotated[
         int | None, typer.Option(help="8 rounds the output head of a quantized model, on a CPU.")
     ] = None,
+    fuse: Annotated[
+        bool, typer.Option("--fuse", help="Fewer calls for each token of a quantized model.")
+    ] = False,
     json: Annotated[str | None, typer.Option(help="Write the figures to this file; - for stdout.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
 ) -> None:
@@ -39,7 +42,7 @@ def command(
     quiet_libraries()
     out = console(json)
     names = [model] if against is None else [against, model]
-    options: dict[str, Any] = {"kernel": kernel, "head_bits": head_bits}
+    options: dict[str, Any] = {"kernel": kernel, "head_bits": head_bits, "fuse": fuse}
     loaded = {name: load_model(name, dtype, device, trust_remote_code, **options) for name in names}
     room = min(_context(each) for each in loaded.values())
     sizes = [(b, p) for b in batches for p in prompts if p + decode + 1 <= room]

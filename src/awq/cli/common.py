@@ -79,6 +79,7 @@ def load_model(
     exact: bool = False,
     kernel: str | None = None,
     head_bits: int | None = None,
+    fuse: bool = False,
 ) -> Any:
     """A float or a quantized model, in eval mode.
 
@@ -90,6 +91,7 @@ def load_model(
         exact: dequantize in the activations' dtype instead of using a fast kernel, for figures.
         kernel: insist on this one.
         head_bits: of the output head of a quantized model; as it was saved by default.
+        fuse: of a quantized model; see `awq.hf.fuse`.
 
     Raises:
         AwqError: the model cannot be loaded.
@@ -97,6 +99,7 @@ def load_model(
     import torch
 
     from awq.hf import load_float, load_quantized
+    from awq.hf.fuse import fuse as fuse_layers
     from awq.hf.load import holds_codes
     from awq.model import pick_device
     from awq.model.fetch import resolve
@@ -112,7 +115,11 @@ def load_model(
     if holds_codes(folder):
         options: dict[str, Any] = {"kernel": "torch" if exact else kernel, "head_bits": head_bits}
         loaded = load_quantized(folder, dtype=wanted, trust_remote_code=trust_remote_code, **options)
-        return loaded.to(place) if place.type != "cpu" else loaded
+        if place.type != "cpu":
+            loaded = loaded.to(place)
+        if fuse:
+            fuse_layers(loaded)
+        return loaded
     return load_float(folder, dtype=wanted, trust_remote_code=trust_remote_code).to(place)
 
 

@@ -26,6 +26,9 @@ def command(
     head_bits: Annotated[
         int | None, typer.Option(help="8 rounds the output head of a quantized model, on a CPU.")
     ] = None,
+    fuse: Annotated[
+        bool, typer.Option("--fuse", help="Fewer calls for each token of a quantized model.")
+    ] = False,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
 ) -> None:
     """Generate text from a prompt."""
@@ -38,7 +41,9 @@ def command(
     from transformers import TextStreamer
 
     quiet_libraries()
-    loaded = load_model(model, dtype, device, trust_remote_code, kernel=kernel, head_bits=head_bits)
+    loaded = load_model(
+        model, dtype, device, trust_remote_code, kernel=kernel, head_bits=head_bits, fuse=fuse
+    )
     tokenizer = load_tokenizer(model, trust_remote_code)
     if chat:
         if not tokenizer.chat_template:
