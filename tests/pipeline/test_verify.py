@@ -368,3 +368,13 @@ def test_a_poor_verdict_names_the_worst_blocks_and_layers_and_what_helps() -> No
         "What helps: smaller groups (--group-size 64), --preset best, more calibration samples "
         "(--samples 128) or leaving those layers float (--skip NAME)."
     )
+
+
+def test_memory_goes_back_to_the_system_after_each_block(
+    llama: Path, tmp_path: Path, token_lists: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the heap grows with the depth of the model: by a third of a block each (`benchmarks/memory.py`)."""
+    blocks: list[int] = []
+    monkeypatch.setattr(verify, "give_back", lambda: blocks.append(1))
+    assert quantize(llama, tmp_path / "out", QUICK, token_lists).verdict is not None
+    assert len(blocks) == 2

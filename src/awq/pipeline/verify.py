@@ -25,6 +25,7 @@ from awq.model.around import outside
 from awq.model.saved import saved_as
 from awq.model.tail import Tail
 from awq.pipeline.block import make_judge
+from awq.pipeline.memory import give_back
 from awq.pipeline.observe import Batch
 from awq.pipeline.precision import matmul_precision
 
@@ -114,6 +115,7 @@ def compare_saved(
             if not ours.is_finite():
                 return Measured(None, blocks, name)
             blocks.append({"name": name, "error": error, "drift": _drift(ours, original, parts)})
+            give_back()
         tally = _tally(original, ours, list_name, parts, device)
     result = tally.result(text.window, text.window)
     finite = math.isfinite(result.kl) and math.isfinite(result.rise)
