@@ -373,7 +373,7 @@ def test_a_poor_verdict_names_the_worst_blocks_and_layers_and_what_helps() -> No
 def test_memory_goes_back_to_the_system_after_each_block(
     llama: Path, tmp_path: Path, token_lists: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else the heap grows with the depth of the model: by a third of a block each (`benchmarks/memory.py`)."""
+    """Else the heap grows with the model's depth, a third of a block for each (`benchmarks/memory.py`)."""
     blocks: list[int] = []
     monkeypatch.setattr(verify, "give_back", lambda: blocks.append(1))
     assert quantize(llama, tmp_path / "out", QUICK, token_lists).verdict is not None
