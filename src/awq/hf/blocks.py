@@ -23,7 +23,8 @@ from awq.hf.gates import Rule as GateRule
 from awq.hf.gates import rule_of as gate_rule_of
 from awq.hf.norms import rule_of as norm_rule_of
 from awq.hf.room import RoomyLayer
-from awq.kernels.cpu_block import LARGEST_HEAD, WIDE, BlockParts, CpuBlock, Norm, Product
+from awq.kernels.cpu_block import LARGEST_HEAD, BlockParts, CpuBlock, Norm, Product
+from awq.kernels.cpu_decoding import WIDE
 from awq.kernels.cpu_native import KINDS, CpuNative
 from awq.nn import QuantLinear
 
@@ -39,11 +40,11 @@ class Pieces(NamedTuple):
     """The modules that make up a block."""
 
     block: Any
-    norms: dict[str, nn.Module]
+    norms: list[Norm]
     attention: Any
     merged: tuple[QuantLinear, ...]
     out: QuantLinear
-    head_norms: dict[str, nn.Module]
+    head_norms: list[Norm]
     feed_forward: Any
     gate: GateRule
     kernel: CpuNative
@@ -102,28 +103,36 @@ def proved_parts(found: Pieces) -> BlockParts | None:
 
 def _norms_among(
     children: dict[str, nn.Module], dtype: torch.dtype
-) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+) -> tuple[list[Norm], dict[str, nn.Module]]:
     """Children that are norms, and the others."""
-    norms = {name: child for name, child in children.items() if norm_rule_of(child, dtype) is not None}
-    return norms, {name: child for name, child in children.items() if name not in norms}
+    norms, others = [], {}
+    for name, child in children.items():
+        rule = norm_rule_of(child, dtype)
+        if rule is None:
+            others[name] = child
+        else:
+            weight = child.get_parameter("weight").detach()
+            norms.append(Norm(weight, rule.epsilon, rule.offset, rule.rounds))
+    return norms, others
 
 
 def _candidates(found: Pieces) -> Iterator[BlockParts]:
     """All ways to put the pieces together that fit."""
     size = found.attention.head_dim
-    norms = [_norm(each, found.dtype) for each in found.norms.values()]
-    head_norms: list[Any] = [_norm(each, found.dtype) for each in found.head_norms.values()] or [None, None]
+    head_norms: list[Any] = found.head_norms or [None, None]
     members = found.feed_forward._modules
     gate, up = (members[name] for name in (found.gate.gate, found.gate.up))
     if size % WIDE or size > LARGEST_HEAD or found.out.out_features % WIDE:
         return
+    together = (found.merged, (found.out,), gate._merge.members, (members[found.gate.down],))
+    qkv, out, wide, down = (_joined(layers, found.dtype) for layers in together)
     for query, keys, values in itertools.permutations(found.merged):
         if keys.out_features != values.out_features or query.out_features != found.out.in_features:
             continue
         if query.out_features % size or keys.out_features % size or query.out_features % keys.out_features:
             continue
         for (first, second), (of_query, of_keys) in itertools.product(
-            itertools.permutations(norms), itertools.permutations(head_norms)
+            itertools.permutations(found.norms), itertools.permutations(head_norms)
         ):
             if of_query is not None and not (
                 query.out_features % of_query.weight.numel()
@@ -136,10 +145,10 @@ def _candidates(found: Pieces) -> Iterator[BlockParts]:
                 second,
                 of_query,
                 of_keys,
-                _joined(found.merged, found.dtype),
-                _joined((found.out,), found.dtype),
-                _joined(gate._merge.members, found.dtype),
-                _joined((members[found.gate.down],), found.dtype),
+                qkv,
+                out,
+                wide,
+                down,
                 tuple(each._rows.start for each in (query, keys, values, gate, up)),
                 query.out_features // size,
                 keys.out_features // size,
@@ -147,12 +156,6 @@ def _candidates(found: Pieces) -> Iterator[BlockParts]:
                 found.attention.scaling,
                 found.gate.activation,
             )
-
-
-def _norm(module: Any, dtype: torch.dtype) -> Norm:
-    rule = norm_rule_of(module, dtype)
-    assert rule is not None  # `_norms_among` has asked
-    return Norm(module.weight.detach(), rule.epsilon, rule.offset, rule.rounds)
 
 
 def _joined(layers: tuple[QuantLinear, ...], dtype: torch.dtype) -> Product:

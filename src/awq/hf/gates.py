@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awq.kernels.cpu_block import WIDE
+from awq.kernels.cpu_decoding import WIDE
 from awq.kernels.cpu_native import KINDS
 from awq.nn import QuantLinear
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from awq.errors import KernelError
+from awq.kernels.cpu_decoding import Strides, mask_strides
 from awq.kernels.cpu_native import KINDS, State, loaded
 
-# What channels of heads and of layers divide by, and the most channels that a head may have.
-WIDE = 16
+# The most channels that a head may have.
 LARGEST_HEAD = 512
 # Activations, as `cpp/gate.h` numbers them.
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
@@ -106,7 +106,8 @@ class CpuBlock:
     """One block, ready to run. It holds the tensors whose addresses it has.
 
     Args:
-        parts: of what it is made. Channels, heads and what lies between gate and down divide by `WIDE`.
+        parts: of what it is made. Channels, heads and what lies between gate and down divide by
+            `cpu_decoding.WIDE`.
         dtype: of activations, and of biases.
         digits: bytes of an activation in products; see `cpu_native`.
     """
@@ -124,7 +125,6 @@ class CpuBlock:
             ACTIVATIONS[parts.activation],
         )
         self._at = ctypes.addressof(self._block)
-        self._strides = ctypes.c_int64 * 10
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Copies have addresses of their own.
@@ -147,13 +147,12 @@ class CpuBlock:
         """
         result = torch.empty_like(x)
         cosines, sines = rotation
-        masks = (0, 0) if mask is None else (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(3))
-        strides = self._strides(
+        strides = Strides(
             cosines.stride(0) if cosines.shape[0] > 1 else 0,
             sines.stride(0) if sines.shape[0] > 1 else 0,
             *keys.stride()[:3],
             *values.stride()[:3],
-            *masks,
+            *mask_strides(mask),
         )
         token = _Token(
             x.data_ptr(),

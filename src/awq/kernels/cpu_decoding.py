@@ -18,7 +18,7 @@ from awq.kernels.cpu_native import KINDS, loaded
 # What both divide their channels by.
 WIDE = 16
 
-_Strides = ctypes.c_int64 * 10
+Strides = ctypes.c_int64 * 10
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float = 0.0, rounds: bool = True) -> Tensor:
@@ -72,6 +72,13 @@ def attend_refuses(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
     )
 
 
+def mask_strides(mask: Tensor | None) -> tuple[int, int]:
+    """Of batch and position, for a mask `[batch or 1, 1, 1, length]`."""
+    if mask is None:
+        return 0, 0
+    return mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(3)
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Attention of one token, for what `attend_refuses` has nothing against.
 
@@ -88,9 +95,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     _, groups, length, _ = key.shape
     if query.stride(3) != 1:
         query = query.contiguous()
-    masks = (0, 0)
-    if mask is not None:
-        masks = (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(3))
     out = query.new_empty(batch, 1, heads, size)
     failed = loaded().library.openawq_attend(
         query.data_ptr(),
@@ -98,7 +102,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
         value.data_ptr(),
         KINDS[query.dtype],
         None if mask is None else mask.data_ptr(),
-        _Strides(*query.stride()[:2], *key.stride()[:3], *value.stride()[:3], *masks),
+        Strides(*query.stride()[:2], *key.stride()[:3], *value.stride()[:3], *mask_strides(mask)),
         batch,
         heads,
         heads // groups,
