@@ -54,6 +54,8 @@ class Example:
         products = {}
         for number, (name, (outputs, inputs)) in enumerate(shapes.items()):
             weight = random_weight(outputs, inputs, 16, seed=seed + number, bits=bits)
+            # Weights as large at all bits: with larger ones a rounding decides which token is attended to.
+            weight.scales.mul_(2.0 ** (4 - bits))
             self.weights[name] = weight
             state = cpu_native._prepare(cpu_native.loaded(), weight)
             products[name] = Product(state, drawn(outputs, seed=seed + number, dtype=dtype) if bias else None)
@@ -70,7 +72,7 @@ class Example:
             heads=heads,
             groups=groups,
             size=size,
-            scale=0.2,
+            scale=0.1,
             activation=activation,
         )
 
