@@ -65,7 +65,8 @@ def peak_memory(device: torch.device) -> int:
 def give_back() -> None:
     """Hand freed memory back to the system, where the C library would keep it for later (glibc).
 
-    Freed pieces of many sizes lie between others that are in use, and the heap would grow block after block.
+    Freed pieces of many sizes lie between others that are in use. The heap would grow block after block, and
+    inside a block layer after layer.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from awq.config import QuantConfig, Setting
 from awq.kernels.triton_panel import mover_for, panel_for
 from awq.model.layers import linears_of
+from awq.pipeline.memory import give_back
 from awq.pipeline.precision import matmul_precision
 from awq.search import Codes, InputStats, full_range, gptq, nearest, output_error, refine, search_clip
 from awq.search.rounding import round_panel
@@ -89,6 +90,8 @@ def round_weight(
     if way.rounding == "nearest":
         return nearest(weight, low, high, bits, dtype, symmetric)
     panel = panel_for(weight.device) or round_panel
+    if weight.device.type == "cpu":
+        give_back()
     codes = gptq(weight, seen, low, high, bits, dtype, panel, symmetric)
     with matmul_precision("highest"):
         return refine(weight, seen, codes, bits, config.refine, mover_for(weight.device))

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from awq.search.gram import InputStats, output_error
-from awq.search.rounding import DAMPING, Codes, visiting_order
+from awq.search.rounding import DAMPING, Codes, along_rows, visiting_order
 
 # Channels whose codes move before the effect on all others is brought up to date.
 _PANEL = 128
-# Floats of the largest intermediate of a refit.
-_FLOATS = 1 << 26
+# Floats of the largest intermediate of a refit, and rows that fill a processor: more would only take memory.
+_FLOATS, _CPU_ROWS = 1 << 26, 128
 # Moves the codes of a panel, as `move_panel` below.
 Mover = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
@@ -84,13 +84,14 @@ def _descended(weight: Tensor, grams: Tensor, start: Codes, levels: int, mover: 
     out = torch.empty_like(start.codes)
     parts, width, _ = grams.shape
     for part in range(parts):
-        # Channels along rows, so that each step works on contiguous memory.
         order = visiting_order(grams[part])
         gram = grams[part][order][:, order]
         columns = order + part * width
-        scales, zeros = (t.float()[:, columns // size].t().contiguous() for t in start[1:])
-        codes = start.codes[:, columns].t().contiguous().float()
-        slope = gram @ ((codes - zeros) * scales - weight[:, columns].t())
+        scales, zeros = (along_rows(t.float(), columns // size) for t in start[1:])
+        codes = along_rows(start.codes, columns).float()
+        error = (codes - zeros).mul_(scales).sub_(along_rows(weight, columns))
+        slope = gram @ error
+        del zeros, error
         for begin in range(0, width, _PANEL):
             here = slice(begin, begin + _PANEL)
             panel = slope[here].clone()
@@ -138,7 +139,8 @@ def _best_scales(weight: Tensor, codes: Tensor, zeros: Tensor, old: Tensor, gram
     groups, width = old.shape[1], gram.shape[0]
     normal, target = weight.new_empty(len(weight), groups, groups), weight.new_empty(len(weight), groups)
     # In pieces, for `spread` is large; all rows are solved for at once, as solvers wait for a GPU each time.
-    rows = max(1, _FLOATS // (width * groups))
+    most = _CPU_ROWS if weight.device.type == "cpu" else len(weight)
+    rows = max(1, min(most, _FLOATS // (width * groups)))
     for begin in range(0, len(weight), rows):
         here = slice(begin, begin + rows)
         units = codes[here].reshape(-1, groups, width // groups).float() - zeros[here].unsqueeze(-1).float()

@@ -121,6 +121,11 @@ def visiting_order(gram: Tensor) -> Tensor:
     return torch.argsort(gram.diagonal(), descending=True, stable=True)
 
 
+def along_rows(tensor: Tensor, columns: Tensor) -> Tensor:
+    """`columns` of `[out, in]` as rows, one for each: steps of a channel then pass contiguous memory."""
+    return tensor.t().index_select(0, columns)
+
+
 def round_panel(rest: Tensor, upper: Tensor, scales: Tensor, zeros: Tensor, levels: int) -> Tensor:
     """Round a panel of channels one after another; each one's error moves to those behind it.
 
@@ -175,17 +180,26 @@ def gptq(
         columns = order + start
         group = columns // size
         codes[:, columns] = _compensated(
-            weight[:, columns], upper, scales[:, group], zeros[:, group], 2**bits - 1, panel
-        )
+            along_rows(weight, columns),
+            along_rows(scales, group),
+            along_rows(zeros, group),
+            upper,
+            2**bits - 1,
+            panel,
+        ).t()
     return Codes(codes, scales.to(dtype), zeros.to(torch.uint8))
 
 
 def _compensated(
-    weight: Tensor, upper: Tensor, scales: Tensor, zeros: Tensor, levels: int, panel: Panel
+    rest: Tensor, scales: Tensor, zeros: Tensor, upper: Tensor, levels: int, panel: Panel
 ) -> Tensor:
-    """Codes uint8 `[out, n]` of columns in visiting order; arguments are `[out, n]`, `upper` is `[n, n]`."""
-    # Channels lie along rows here: each step then reads and writes contiguous memory.
-    rest, scales, zeros = (t.t().contiguous() for t in (weight, scales, zeros))
+    """Codes uint8 `[n, out]` of channels in visiting order.
+
+    Args:
+        rest: float32 `[n, out]`, the weight; used up.
+        scales, zeros: float32 `[n, out]`.
+        upper: float32 `[n, n]`, the factor of the inverse of G.
+    """
     codes = torch.empty_like(rest, dtype=torch.uint8)
     count = rest.shape[0]
     for begin in range(0, count, _PANEL):
@@ -194,4 +208,4 @@ def _compensated(
         codes[here] = panel(rest[here], upper[here, here], scales[here], zeros[here], levels)
         if end < count:
             rest[end:].addmm_(upper[here, end:].t(), rest[here], alpha=-1)
-    return codes.t()
+    return codes
