@@ -131,12 +131,14 @@ struct Passage {
             scale_heads(block.query, block.query_at, block.heads);
             scale_heads(block.keys, block.keys_at, block.groups);
         }
-        const int64_t strides[] = {outputs, size, 0, outputs, size, 0, by[0], 0, by[1], 0};
-        const Rotation rotation{qkv + block.query_at * width, qkv + block.keys_at * width, token.cosines,
-                                token.sines, kind, strides, block.heads, block.groups, 1, size, turned};
         const int64_t last = token.length - 1;
         for (int64_t b = 0; b < batch; b++) {
-            rotate(rotation, b);
+            const Turn angles(token.cosines, b * by[0], token.sines, b * by[1], kind, int(size));
+            for (int64_t head = 0; head < turned_heads; head++) {
+                const int64_t key = head - block.heads;  // or a query, below zero
+                const int64_t at = key < 0 ? block.query_at + head * size : block.keys_at + key * size;
+                rotate(angles, qkv, b * outputs + at, turned, (b * turned_heads + head) * size);
+            }
             for (int64_t g = 0; g < block.groups; g++) {
                 const int64_t key = b * turned_heads + block.heads + g;
                 const int64_t value = b * outputs + block.values_at + g * size;
