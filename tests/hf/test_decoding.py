@@ -267,6 +267,10 @@ def masked(kwargs: Any) -> float:
             "LlamaMLP.forward",
             lambda self, x: self.down_proj(self.act_fn(self.gate_proj(2 * x)) * self.up_proj(x)),
         ),
+        (
+            "LlamaMLP.forward",
+            lambda self, x: self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=7)) * self.up_proj(x)),
+        ),
     ],
     ids=[
         "scaled",
@@ -276,6 +280,7 @@ def masked(kwargs: Any) -> float:
         "not turned",
         "no gate",
         "another gate",
+        "a gate with a limit",
     ],
 )
 def test_a_block_that_computes_something_else_is_left_alone(

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from awq.errors import KernelError
 from awq.kernels import cpu_block, cpu_native, native
-from awq.kernels.cpu_block import BlockParts, CpuBlock, Norm, Product
+from awq.kernels.cpu_block import BlockParts, CpuBlock, Norm
+from awq.kernels.cpu_product import Product
 from awq.weight import QuantizedWeight
 from random_weights import random_weight
 

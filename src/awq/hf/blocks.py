@@ -23,9 +23,10 @@ from awq.hf.gates import Rule as GateRule
 from awq.hf.gates import rule_of as gate_rule_of
 from awq.hf.norms import rule_of as norm_rule_of
 from awq.hf.room import RoomyLayer
-from awq.kernels.cpu_block import LARGEST_HEAD, BlockParts, CpuBlock, Norm, Product
+from awq.kernels.cpu_block import LARGEST_HEAD, BlockParts, CpuBlock, Norm
 from awq.kernels.cpu_decoding import WIDE
 from awq.kernels.cpu_native import KINDS, CpuNative
+from awq.kernels.cpu_product import Product
 from awq.nn import QuantLinear
 
 # Sizes of random rotations: with the first attention is nearly even, with the last all goes to one token.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from awq.errors import ConfigError
 from awq.hf import attention
 from awq.hf.decoding import undo_native_blocks, use_native_blocks
+from awq.hf.expert_decoding import undo_native_experts, use_native_experts
 from awq.hf.grouped import undo_grouped, use_grouped
 from awq.hf.norms import undo_native_norms, use_native_norms
 from awq.hf.placement import is_spread
@@ -119,9 +120,11 @@ def _merge(model: Any) -> list[tuple[str, ...]]:
 @torch.no_grad()
 def _use_native(model: Any) -> None:
     """What lies between products, in C++, and a cache with room to grow."""
+    _undo_native(model)  # a copy of a fused model has what stood in for its original's modules
     try:
         before = _decode(model)
         use_native_blocks(model, model.dtype)
+        use_native_experts(model, model.dtype)
         use_native_norms(model, model.dtype)
         if attention.pays() and attention.is_plain(model):
             attention.use(model, attention.NAME, attention.attend)
@@ -135,6 +138,7 @@ def _use_native(model: Any) -> None:
 def _undo_native(model: Any) -> None:
     undo_give_room(model)
     undo_native_blocks(model)
+    undo_native_experts(model)
     undo_native_norms(model)
     attention.undo(model, attention.NAME)
 

@@ -17,6 +17,8 @@ from awq.kernels.cpu_decoding import WIDE
 from awq.kernels.cpu_native import KINDS
 from awq.nn import QuantLinear
 
+# Sizes of random inputs; the largest reach whatever a model may clamp.
+_SIZES = (1.0, 8.0, 64.0)
 _FUNCTIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
 
@@ -47,7 +49,8 @@ def rule_of(module: nn.Module, dtype: torch.dtype) -> Rule | None:
             continue
         if gate.in_features != up.in_features or gate.held_tensors()[0].device.type != "cpu":
             continue
-        x = torch.randn(3, gate.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
+        x = torch.randn(len(_SIZES), gate.in_features, generator=torch.Generator().manual_seed(0))
+        x = (torch.tensor(_SIZES).unsqueeze(1) * x).to(dtype)
         try:
             expected = module(x)
         except (RuntimeError, TypeError, ValueError):  # a module that takes something else

@@ -7,7 +7,6 @@ and PyTorch in the caches: to call them takes several times what they compute.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +14,11 @@ from torch import Tensor
 
 from awq.errors import KernelError
 from awq.kernels.cpu_decoding import Strides, mask_strides
-from awq.kernels.cpu_native import KINDS, State, loaded
+from awq.kernels.cpu_native import KINDS, loaded
+from awq.kernels.cpu_product import ACTIVATIONS, Product, ProductStruct, struct_of
 
 # The most channels that a head may have.
 LARGEST_HEAD = 512
-# Activations, as `cpp/gate.h` numbers them.
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 
 class Norm(NamedTuple):
@@ -30,13 +28,6 @@ class Norm(NamedTuple):
     epsilon: float
     offset: float
     rounds: bool
-
-
-class Product(NamedTuple):
-    """A layer, or several merged: the arrangement of its codes, and its bias `[out]` or None."""
-
-    state: State
-    bias: Tensor | None
 
 
 class BlockParts(NamedTuple):
@@ -65,14 +56,6 @@ class BlockParts(NamedTuple):
     activation: str
 
 
-class _Product(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "bias")),
-        *((name, ctypes.c_int64) for name in ("columns", "outputs", "group")),
-        *((name, ctypes.c_int32) for name in ("scale_kind", "planes")),
-    )
-
-
 class _Scaling(ctypes.Structure):
     _fields_ = (
         ("weight", ctypes.c_void_p),
@@ -84,7 +67,7 @@ class _Scaling(ctypes.Structure):
 
 class _Block(ctypes.Structure):
     _fields_ = (
-        *((name, _Product) for name in ("qkv", "out", "wide", "down")),
+        *((name, ProductStruct) for name in ("qkv", "out", "wide", "down")),
         *((name, _Scaling) for name in ("first", "second", "query", "keys")),
         *((name, ctypes.c_int64) for name in ("heads", "groups", "size")),
         ("starts", ctypes.c_int64 * 5),
@@ -115,7 +98,7 @@ class CpuBlock:
     def __init__(self, parts: BlockParts, dtype: torch.dtype, digits: int) -> None:
         self.parts, self.dtype, self._digits = parts, dtype, digits
         self._block = _Block(
-            *(_product(each) for each in (parts.qkv, parts.out, parts.wide, parts.down)),
+            *(struct_of(each) for each in (parts.qkv, parts.out, parts.wide, parts.down)),
             *(_scaling(each) for each in (parts.first, parts.second, parts.query, parts.keys)),
             parts.heads,
             parts.groups,
@@ -171,23 +154,6 @@ class CpuBlock:
         if loaded().library.openawq_block(self._at, ctypes.addressof(token), torch.get_num_threads()):
             raise KernelError(f"no memory for a block with {x.shape[0]} sequences of {keys.shape[2]} tokens")
         return result
-
-
-def _product(product: Product) -> _Product:
-    state, bias = product
-    groups, outputs = state.scales_by_group.shape
-    tensors: Sequence[Tensor] = (state.packed, state.scales_by_group, state.zeros_by_group)
-    if not all(each.is_contiguous() for each in tensors) or (bias is not None and not bias.is_contiguous()):
-        raise KernelError("a block's codes, scales, zero points and biases lie contiguously in memory")
-    return _Product(
-        *(each.data_ptr() for each in tensors),
-        None if bias is None else bias.data_ptr(),
-        groups * state.group_size,
-        outputs,
-        state.group_size,
-        KINDS[state.scales_by_group.dtype],
-        state.planes,
-    )
 
 
 def _scaling(norm: Norm | None) -> _Scaling:

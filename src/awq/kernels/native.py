@@ -225,7 +225,8 @@ def _declare(library: Any) -> None:
         *(pointer, pointer, pointer, number, pointer, pointer),
         *(whole, whole, whole, whole, whole, real, pointer, number),
     ]
-    library.openawq_block.argtypes = [pointer, pointer, number]
+    for name in ("openawq_block", "openawq_experts"):
+        getattr(library, name).argtypes = [pointer, pointer, number]
     for name in ("openawq_pack", "openawq_unpack"):
         getattr(library, name).argtypes = [pointer, whole, whole, number, pointer, number]
         getattr(library, name).restype = None

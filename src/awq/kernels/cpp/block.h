@@ -9,14 +9,8 @@
 #include "attention.h"
 #include "gate.h"
 #include "norm.h"
+#include "product.h"
 #include "rotary.h"
-
-struct Product {
-    const void *codes, *scales, *zeros;
-    const void* bias;  // of the activations' kind, or null
-    int64_t columns, outputs, group;
-    int32_t scale_kind, planes;
-};
 
 struct Scaling {
     const void* weight;  // null where there is no norm
@@ -44,31 +38,12 @@ struct Token {
     int32_t kind, digits;
 };
 
-extern "C" {
-int openawq_w4(
-    const void* x, int64_t x_stride, int x_kind, int64_t rows, int64_t columns, int64_t outputs,
-    const void* codes, const void* scales, int scale_kind, const void* zeros, int64_t group, int planes,
-    void* out, int digits, int threads);
-int openawq_attend(
+extern "C" int openawq_attend(
     const void* query, const void* keys, const void* values, int kind, const void* mask, const int64_t* strides,
     int64_t batch, int64_t heads, int64_t shared, int64_t length, int64_t size, float scale, void* out,
     int threads);
-}
 
 namespace {
-
-// to = a + b
-void add(void* to, const void* a, const void* b, Kind kind, int64_t count) {
-    constexpr int PART = 256;
-    alignas(64) float left[PART], right[PART];
-    for (int64_t i = 0; i < count; i += PART) {
-        const int n = int(count - i < PART ? count - i : PART);
-        read(left, a, i, kind, n);
-        read(right, b, i, kind, n);
-        for (int k = 0; k < n; k++) left[k] += right[k];
-        write(to, i, left, kind, n);
-    }
-}
 
 // Rows that lie one behind the other, in place or not.
 void scale_rows(const Scaling& norm, const void* x, Kind kind, int64_t rows, void* out) {
@@ -81,9 +56,9 @@ void scale_rows(const Scaling& norm, const void* x, Kind kind, int64_t rows, voi
 struct Passage {
     const Block& block;
     const Token& token;
-    int threads;
-    Kind kind = Kind(token.kind);
-    int64_t width = kind == FLOAT32 ? 4 : 2;
+    How how;
+    Kind kind = how.kind;
+    int64_t width = how.width();
     int64_t batch = token.batch, channels = block.qkv.columns;
     int64_t turned_heads = block.heads + block.groups;
     uint8_t *normed = nullptr, *qkv = nullptr, *turned = nullptr, *attended = nullptr, *hidden = nullptr,
@@ -92,10 +67,9 @@ struct Passage {
 
     // Gives each of the tensors between the products its place; returns the bytes that all take.
     int64_t lay_out(uint8_t* memory) {
-        int64_t taken = 0;
+        Parts parts{memory};
         const auto place = [&](uint8_t*& tensor, int64_t columns) {
-            tensor = memory + taken;
-            taken += (batch * columns * width + 63) / 64 * 64;
+            tensor = parts.take(batch * columns * width);
         };
         place(normed, channels);
         place(qkv, block.qkv.outputs);
@@ -104,18 +78,11 @@ struct Passage {
         place(hidden, channels);
         place(wide, block.wide.outputs);
         place(activated, block.down.columns);
-        return taken;
+        return parts.taken;
     }
 
     void multiply(const Product& by, const void* x, uint8_t* out) {
-        failed |= openawq_w4(
-            x, by.columns, kind, batch, by.columns, by.outputs, by.codes, by.scales, by.scale_kind, by.zeros,
-            by.group, by.planes, out, token.digits, threads);
-        if (by.bias == nullptr) return;
-        for (int64_t b = 0; b < batch; b++) {
-            uint8_t* row = out + b * by.outputs * width;
-            add(row, row, by.bias, kind, by.outputs);
-        }
+        failed |= multiply_by(by, x, batch, out, how);
     }
 
     // Queries and keys turned, keys and values put into the cache.
@@ -158,7 +125,7 @@ struct Passage {
                                    by[5], by[6], by[7], by[8], by[9]};
         failed |= openawq_attend(
             turned, token.keys, token.values, kind, token.mask, strides, batch, block.heads,
-            block.heads / block.groups, token.length, block.size, block.scale, attended, threads);
+            block.heads / block.groups, token.length, block.size, block.scale, attended, how.threads);
     }
 
     void activate_all() {
@@ -171,7 +138,7 @@ struct Passage {
 };
 
 int through(const Block& block, const Token& token, int threads) {
-    Passage passage{block, token, threads};
+    Passage passage{block, token, {Kind(token.kind), token.digits, threads}};
     uint8_t* memory = static_cast<uint8_t*>(std::malloc(size_t(passage.lay_out(nullptr))));
     if (memory == nullptr) return 1;
     passage.lay_out(memory);

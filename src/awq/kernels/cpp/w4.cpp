@@ -19,6 +19,7 @@
 #include "activations.h"
 #include "attention.h"
 #include "block.h"
+#include "experts.h"
 #include "norm.h"
 #include "simd.h"
 #include "threads.h"
@@ -388,5 +389,10 @@ int openawq_attend(
 // block.h. 0, or 1 when there is no memory for it.
 int openawq_block(const Block* block, const Token* token, int threads) {
     return through(*block, *token, threads);
+}
+
+// A layer of experts for tokens that are sent to some of them; see experts.h. 0, or 1 when there is no memory.
+int openawq_experts(const Expert* experts, const Routed* routed, int threads) {
+    return through_experts(experts, *routed, threads);
 }
 }
