@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +21,9 @@ _CPU_BATCH_TOKENS = 4096
 # Steps on few tokens cost less, and more of them teach more than fewer steps on many.
 _TUNING_BATCH_TOKENS = 1024
 _MOST_BATCH_TOKENS = 65536
+# glibc's malloc.h, and the size up to which it raises that limit by itself.
+_MMAP_THRESHOLD, _GLIBC_MOST = -3, 32 << 20
+_APART = 8 << 20
 
 
 def batch_tokens_for(device: torch.device, blocks: Sequence[nn.Module], tuning: bool = False) -> int:
@@ -62,16 +67,38 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+@contextmanager
+def large_pieces_apart() -> Iterator[None]:
+    """Let tensors of 8 MB and more have memory of their own, which goes back when they are freed (glibc).
+
+    They would lie in the C library's heap, once it had seen a larger one freed, and leave gaps there between
+    others that are in use: the heap would grow layer after layer. `MALLOC_MMAP_THRESHOLD_` in the environment
+    is left as it is.
+    """
+    change = _of_the_library("mallopt")
+    if change is None or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        yield
+        return
+    change(_MMAP_THRESHOLD, _APART)
+    try:
+        yield
+    finally:
+        change(_MMAP_THRESHOLD, _GLIBC_MOST)
+
+
 def give_back() -> None:
     """Hand freed memory back to the system, where the C library would keep it for later (glibc).
 
-    Freed pieces of many sizes lie between others that are in use. The heap would grow block after block, and
-    inside a block layer after layer.
+    Freed pieces of many sizes lie between others that are in use, and the heap would grow block after block.
     """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    trim = _of_the_library("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def _of_the_library(name: str) -> Any:
+    """A function of the C library, or None where it has none of that name."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def surrounding_bytes(skeleton: Skeleton, list_name: str, images: bool) -> int:

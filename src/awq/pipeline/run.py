@@ -27,7 +27,7 @@ from awq.pipeline.finish import REPORT_NAME, finish
 from awq.pipeline.follow import Follower
 from awq.pipeline.job import Job, Request, prepare
 from awq.pipeline.journal import Journal, check_output, lock, open_journal, taken
-from awq.pipeline.memory import give_back, peak_memory
+from awq.pipeline.memory import give_back, large_pieces_apart, peak_memory
 from awq.pipeline.mix import common_size
 from awq.pipeline.observe import Batch, measure
 from awq.pipeline.precision import float32_by_default, matmul_precision
@@ -43,6 +43,7 @@ from awq.search import Codes
 
 @torch.no_grad()
 @float32_by_default()
+@large_pieces_apart()
 def quantize(
     model: str | Path,
     out: str | Path,
