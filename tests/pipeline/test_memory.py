@@ -14,21 +14,8 @@ MB = 1 << 20
 
 
 class _Info(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in [
-            "arena",
-            "ordblks",
-            "smblks",
-            "hblks",
-            "hblkhd",
-            "usmblks",
-            "fsmblks",
-            "uordblks",
-            "fordblks",
-            "keepcost",
-        ]
-    )
+    # As in malloc.h: ten numbers, of which the fifth, `hblkhd`, is of bytes outside the heap.
+    _fields_ = (("before", ctypes.c_size_t * 4), ("hblkhd", ctypes.c_size_t), ("after", ctypes.c_size_t * 5))
 
 
 def apart() -> int:
