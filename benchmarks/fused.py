@@ -9,6 +9,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from awq.evaluate.speed import wait_for
 from awq.hf.fuse import fuse
 from awq.pipeline import quantize
 from common import add_subject_options, console, finish, subjects
+from random_experts import write_random_experts
 
 
 def main() -> None:
@@ -31,22 +33,40 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--prompt", type=int, default=32, help="tokens of each prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens generated for each")
-    parser.add_argument("--cache", type=int, nargs="+", default=[128, 512], help="lengths of static caches")
+    parser.add_argument(
+        "--experts",
+        type=int,
+        metavar="BLOCKS",
+        help="instead of these models, a random one of so many blocks with the shapes of Qwen3-30B-A3B",
+    )
+    parser.add_argument("--cache", type=int, nargs="*", default=[128, 512], help="lengths of static caches")
     parser.add_argument("--rounds", type=int, default=8, help="that count, after one that does not")
     options = parser.parse_args()
     figures: dict[str, Any] = {}
-    for subject, settings in subjects(options, "w4g128"):
-        for bits, group_size in settings:
-            with tempfile.TemporaryDirectory() as work:
-                out = Path(work) / "out"
-                config = QuantConfig(bits=bits, group_size=group_size, method="rtn")
-                quantize(subject.folder, out, config, samples=1, seq_len=64)
-                models = _models(out, options)
+    with tempfile.TemporaryDirectory() as work:
+        for title, folder in _quantized(options, Path(work)):
+            models = _models(folder, options)
             for batch in options.batch:
-                name = f"{subject.name} g{group_size}, {options.dtype} on {options.device}, batch {batch}"
+                name = f"{title}, {options.dtype} on {options.device}, batch {batch}"
                 figures[name] = _measure(models, batch, options)
                 _print(name, figures[name])
     finish(options, {"rounds": figures})
+
+
+def _quantized(options: argparse.Namespace, work: Path) -> Iterator[tuple[str, Path]]:
+    """Names and folders of quantized models, by plain rounding."""
+    if options.experts:
+        write_random_experts(work / "model", options.experts)
+        ids = [list(range(64))]
+        quantize(work / "model", work / "out", QuantConfig(method="rtn"), ids, seq_len=64, verify=False)
+        yield f"random experts, {options.experts} blocks", work / "out"
+        return
+    for subject, settings in subjects(options, "w4g128"):
+        for bits, group_size in settings:
+            out = work / f"{subject.name}-{bits}-{group_size}"
+            config = QuantConfig(bits=bits, group_size=group_size, method="rtn")
+            quantize(subject.folder, out, config, samples=1, seq_len=64)
+            yield f"{subject.name} g{group_size}", out
 
 
 def _models(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
