@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from moe_sizes import LATENT, MIXTRAL, MOE
 from rounded import prompt, quantized_pair, relative
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -19,21 +20,16 @@ from awq.hf.fuse import fuse, unfuse
 from awq.kernels.cpu_experts import CpuExperts
 
 GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
-MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_key_value_heads": 4, "num_experts": 4}
-QWEN3 = {**MOE, "head_dim": 16}
-MIXTRAL = {"num_local_experts": 4, "num_key_value_heads": 2}
-LATENT = {
-    "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "q_lora_rank": 32, "kv_lora_rank": 32,
-    "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "first_k_dense_replace": 1,
-}  # fmt: skip
+FOUR = {**MOE, "num_experts": 4}
+QWEN3 = {**FOUR, "head_dim": 16}
 # Family, sizes, and how many of its two layers are replaced.
 FAMILIES: dict[str, tuple[dict[str, Any], int]] = {
     "mixtral": (MIXTRAL, 2),
-    "qwen2_moe": ({**MOE, "shared_expert_intermediate_size": 64, "decoder_sparse_step": 1}, 2),
+    "qwen2_moe": ({**FOUR, "shared_expert_intermediate_size": 64, "decoder_sparse_step": 1}, 2),
     "qwen3_moe": (QWEN3, 2),
     "qwen3_moe with one dense layer": (QWEN3 | {"mlp_only_layers": [0]}, 1),
     "deepseek_v3": ({**MOE, **LATENT}, 1),
-    "olmoe": (MOE, 2),
+    "olmoe": (FOUR, 2),
     "glm4_moe": ({**MOE, **LATENT, "head_dim": 16}, 1),
     # A squared ReLU and no gate.
     "nemotron_h": (

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from moe_sizes import LATENT, MIXTRAL, MOE
 from rounded import FLOAT, prompt, quantized_pair, relative, same_files
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AwqConfig
@@ -16,33 +17,27 @@ from awq.errors import LoadError
 from awq.nn import QuantExperts
 
 EXACT = {"dtype": torch.float32, "quantization_config": AwqConfig(backend="torch")}
-_MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_key_value_heads": 4}
-_MIXTRAL = {"num_local_experts": 4, "num_key_value_heads": 2}
-_LATENT = {
-    "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "q_lora_rank": 32, "kv_lora_rank": 32,
-    "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "first_k_dense_replace": 1,
-}  # fmt: skip
 # Family: changes to the tiny model, a name that its checkpoints must hold.
 FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
-    "mixtral": (_MIXTRAL, "model.layers.1.block_sparse_moe.experts.3.w1.qweight"),
+    "mixtral": (MIXTRAL, "model.layers.1.block_sparse_moe.experts.3.w1.qweight"),
     "qwen2_moe": (
-        {**_MOE, "num_experts": 4, "shared_expert_intermediate_size": 64, "decoder_sparse_step": 1},
+        {**MOE, "num_experts": 4, "shared_expert_intermediate_size": 64, "decoder_sparse_step": 1},
         "model.layers.1.mlp.experts.3.gate_proj.qweight",
     ),
     "qwen3_moe": (
-        {**_MOE, "num_experts": 4, "head_dim": 16, "mlp_only_layers": [0]},
+        {**MOE, "num_experts": 4, "head_dim": 16, "mlp_only_layers": [0]},
         "model.layers.1.mlp.experts.3.up_proj.qweight",
     ),
-    "deepseek_v3": ({**_MOE, **_LATENT}, "model.layers.1.mlp.experts.3.down_proj.qweight"),
-    "olmoe": ({**_MOE, "num_experts": 4}, "model.layers.1.mlp.experts.3.down_proj.qweight"),
+    "deepseek_v3": ({**MOE, **LATENT}, "model.layers.1.mlp.experts.3.down_proj.qweight"),
+    "olmoe": ({**MOE, "num_experts": 4}, "model.layers.1.mlp.experts.3.down_proj.qweight"),
     "glm4_moe": (
-        {**_MOE, **_LATENT, "head_dim": 16},
+        {**MOE, **LATENT, "head_dim": 16},
         "model.layers.1.mlp.experts.3.down_proj.qweight",
     ),
-    "phimoe": (_MIXTRAL, "model.layers.1.block_sparse_moe.experts.3.w2.qweight"),
+    "phimoe": (MIXTRAL, "model.layers.1.block_sparse_moe.experts.3.w2.qweight"),
     # No gate: one projection up, a squared ReLU, one down.
     "nemotron_h": (
-        {**_MOE, "n_routed_experts": 4, "head_dim": 16, "layers_block_type": ["attention", "moe"]},
+        {**MOE, "n_routed_experts": 4, "head_dim": 16, "layers_block_type": ["attention", "moe"]},
         "backbone.layers.1.mixer.experts.3.up_proj.qweight",
     ),
 }  # fmt: skip
@@ -76,7 +71,7 @@ def test_experts_give_the_dequantized_logits_and_are_saved_under_hub_names(
 
 @pytest.fixture
 def mixtral(tiny: Any, tmp_path: Path) -> Path:
-    return quantized_pair(tiny("mixtral", **_MIXTRAL), tmp_path)[0]
+    return quantized_pair(tiny("mixtral", **MIXTRAL), tmp_path)[0]
 
 
 def edit(folder: Path, change: Any) -> None:
@@ -130,7 +125,7 @@ def test_an_expert_too_many_is_an_error(mixtral: Path) -> None:
 def test_layers_whose_experts_stayed_float_are_loaded_fused(tiny: Any, tmp_path: Path) -> None:
     """Some recipes leave a layer alone; both kinds live in one model and one file."""
     keep = re.compile(rf"{FLOAT.pattern}|layers\.0\.block_sparse_moe")
-    quantized, plain = quantized_pair(tiny("mixtral", **_MIXTRAL), tmp_path, keep)
+    quantized, plain = quantized_pair(tiny("mixtral", **MIXTRAL), tmp_path, keep)
     model, info = load(quantized, output_loading_info=True, **EXACT)
     assert not any(info.values()), info
     kinds = [isinstance(layer.mlp.experts, QuantExperts) for layer in model.model.layers]
