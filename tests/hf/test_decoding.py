@@ -9,38 +9,41 @@ from typing import Any
 
 import pytest
 import torch
+from moe_sizes import MOE
 from rounded import prompt, quantized_pair, relative
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.models.llama import modeling_llama
 
 from awq.hf import decoding
-from awq.hf.decoding import NativeBlock
+from awq.hf.decoding import NativeAttention, NativeBlock
 from awq.hf.fuse import fuse, unfuse
 from awq.hf.room import RoomyLayer
 from awq.kernels.cpu_block import CpuBlock
 
 GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-# Family, sizes, and why its blocks are not replaced, or "" where they are.
-FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
-    "llama": (HEADS, ""),
-    "llama with biases": (HEADS | {"attention_bias": True, "mlp_bias": True}, ""),
+# Family, sizes, what of its two blocks is replaced, and why not all if not all.
+FAMILIES: dict[str, tuple[dict[str, Any], str, str]] = {
+    "llama": (HEADS, "blocks", ""),
+    "llama with biases": (HEADS | {"attention_bias": True, "mlp_bias": True}, "blocks", ""),
     "llama with scaled positions": (
         HEADS | {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+        "blocks",
         "",
     ),
-    "qwen2": (HEADS, ""),
-    "qwen3": (HEADS, ""),
-    "mistral": (HEADS | {"sliding_window": None}, ""),
-    "gemma": (HEADS | {"hidden_activation": "gelu_pytorch_tanh"}, ""),
-    "granite": (HEADS | {"residual_multiplier": 0.5}, "what is added is multiplied"),
-    "gemma2": (HEADS, "it has four norms"),
-    "olmo2": (HEADS, "its norms are behind attention and gate"),
-    "ministral3": (HEADS, "queries are multiplied by their positions"),
-    "phi3": ({"num_key_value_heads": 2, "pad_token_id": 0}, "one layer for gate and up"),
-    "opt": ({"ffn_dim": 128, "word_embed_proj_dim": 64}, "no gate, no rotation"),
-    "stablelm": (HEADS, "a part of each head is turned"),
+    "qwen2": (HEADS, "blocks", ""),
+    "qwen3": (HEADS, "blocks", ""),
+    "mistral": (HEADS | {"sliding_window": None}, "blocks", ""),
+    "gemma": (HEADS | {"hidden_activation": "gelu_pytorch_tanh"}, "blocks", ""),
+    "granite": (HEADS | {"residual_multiplier": 0.5}, "attention", "what is added is multiplied"),
+    "olmo2": (HEADS, "attention", "its norms are behind attention and gate"),
+    "qwen3_moe": (HEADS | MOE | {"num_experts": 4}, "attention", "it has experts"),
+    "gemma2": (HEADS, "", "it has four norms, and limits scores"),
+    "ministral3": (HEADS, "", "queries are multiplied by their positions"),
+    "phi3": ({"num_key_value_heads": 2, "pad_token_id": 0}, "", "one layer for queries, keys and values"),
+    "opt": ({"ffn_dim": 128, "word_embed_proj_dim": 64}, "", "no gate, no rotation"),
+    "stablelm": (HEADS, "", "a part of each head is turned"),
 }
 
 
@@ -53,8 +56,16 @@ def model(tmp_path: Path, tiny: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
+def count(model: Any, kind: type) -> int:
+    return sum(isinstance(module.__dict__.get("forward"), kind) for module in model.modules())
+
+
 def blocks(model: Any) -> int:
-    return sum(isinstance(module.__dict__.get("forward"), NativeBlock) for module in model.modules())
+    return count(model, NativeBlock)
+
+
+def attentions(model: Any) -> int:
+    return count(model, NativeAttention)
 
 
 @pytest.fixture
@@ -73,7 +84,7 @@ def uses(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_tokens_with_and_without(family: str, tmp_path: Path, tiny: Any, uses: list[int]) -> None:
-    sizes, reason = FAMILIES[family]
+    sizes, replaced, reason = FAMILIES[family]
     folder, _ = quantized_pair(tiny(family.split()[0], **sizes), tmp_path)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = prompt()
@@ -81,18 +92,19 @@ def test_the_same_tokens_with_and_without(family: str, tmp_path: Path, tiny: Any
     mask[1, :4] = 0  # the second row is padded on its left
     expected = model.generate(ids, attention_mask=mask, **GREEDY)
     fuse(model)
-    assert blocks(model) == (0 if reason else 2), reason
+    assert blocks(model) == (2 if replaced == "blocks" else 0), reason
+    assert attentions(model) == (2 if replaced == "attention" else 0), reason
     uses.clear()
     assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), expected)
-    assert uses == ([] if reason else [10 + i for i in range(11) for _ in range(2)])
+    assert uses == ([10 + i for i in range(11) for _ in range(2)] if replaced else [])
     assert torch.equal(model.generate(ids[:1], **GREEDY), expected[:1])
     unfuse(model)
-    assert blocks(model) == 0
+    assert blocks(model) == attentions(model) == 0
     assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "olmo2", "qwen3_moe"])
 @torch.no_grad()
 def test_sixteen_bits_are_as_near_to_float32_as_before(
     family: str, dtype: torch.dtype, tmp_path: Path, tiny: Any
@@ -110,7 +122,7 @@ def test_sixteen_bits_are_as_near_to_float32_as_before(
 
     before = off()
     fuse(model)
-    assert blocks(model) == 2
+    assert blocks(model) + attentions(model) == 2
     assert off() < 1.5 * before
 
 
@@ -193,6 +205,14 @@ def move(model: Any) -> None:
     model.model.layers[1].mlp.down_proj._release()
 
 
+def release_queries(model: Any) -> None:
+    model.model.layers[1].self_attn.q_proj._release()
+
+
+def see_queries(model: Any) -> None:
+    model.model.layers[1].self_attn.q_proj.register_forward_hook(lambda *_: None)
+
+
 def change_norm(model: Any) -> None:
     norm = model.model.layers[1].input_layernorm
     norm.weight.data = norm.weight.data.clone()
@@ -208,6 +228,21 @@ def test_a_changed_block_is_the_module_again(
 ) -> None:
     expected = model.generate(prompt(), **GREEDY)
     fuse(model)
+    change(model)
+    uses.clear()
+    assert torch.equal(model.generate(prompt(), **GREEDY), expected)
+    assert len(uses) == 11  # the other block's
+
+
+@pytest.mark.parametrize("change", [replace, release_queries, see_queries])
+def test_changed_attention_is_the_module_again(
+    change: Callable[[Any], None], tmp_path: Path, tiny: Any, uses: list[int]
+) -> None:
+    folder, _ = quantized_pair(tiny("olmo2", **HEADS), tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = model.generate(prompt(), **GREEDY)
+    fuse(model)
+    assert attentions(model) == 2
     change(model)
     uses.clear()
     assert torch.equal(model.generate(prompt(), **GREEDY), expected)
@@ -290,6 +325,7 @@ def test_a_block_that_computes_something_else_is_left_alone(
     expected = model.generate(prompt(), **GREEDY)
     fuse(model)
     assert blocks(model) == 0
+    assert attentions(model) == (2 if "MLP" in place else 0)
     assert torch.equal(model.generate(prompt(), **GREEDY), expected)
 
 
@@ -305,6 +341,7 @@ def test_queries_scaled_otherwise_than_told_are_noticed(model: Any, monkeypatch:
         )
         fuse(model)
         assert blocks(model) == found
+        assert attentions(model) == 0
         unfuse(model)
 
 

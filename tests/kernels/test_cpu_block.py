@@ -15,7 +15,7 @@ from torch import Tensor
 
 from awq.errors import KernelError
 from awq.kernels import cpu_block, cpu_native, native
-from awq.kernels.cpu_block import BlockParts, CpuBlock, Norm
+from awq.kernels.cpu_block import Around, Attention, CpuBlock, Norm
 from awq.kernels.cpu_product import Product
 from awq.weight import QuantizedWeight
 from random_weights import random_weight
@@ -44,6 +44,7 @@ class Example:
         bias: bool = False,
         head_norms: str = "",
         activation: str = "silu",
+        alone: bool = False,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> None:
@@ -52,7 +53,7 @@ class Example:
         shapes = {"qkv": (rows, CHANNELS), "out": (CHANNELS, heads * size), "wide": (2 * INSIDE, CHANNELS)}
         shapes["down"] = (CHANNELS, INSIDE)
         self.weights: dict[str, QuantizedWeight] = {}
-        products = {}
+        self.products = products = {}
         for number, (name, (outputs, inputs)) in enumerate(shapes.items()):
             weight = random_weight(outputs, inputs, 16, seed=seed + number, bits=bits)
             # Weights as large at all bits: with larger ones a rounding decides which token is attended to.
@@ -62,20 +63,29 @@ class Example:
             products[name] = Product(state, drawn(outputs, seed=seed + number, dtype=dtype) if bias else None)
         channels = {"": None, "head": (size, size), "all": (heads * size, groups * size)}[head_norms]
         query, keys = [None, None] if channels is None else [self.norm(n, seed) for n in channels]
-        starts = [0, heads * size, (heads + groups) * size]
-        self.parts = BlockParts(
-            first=self.norm(CHANNELS, seed + 1),
-            second=self.norm(CHANNELS, seed + 2),
+        self.attention = Attention(
             query=query,
             keys=keys,
-            **products,
-            starts=(*starts, INSIDE, 0),  # gate behind up
+            qkv=products["qkv"],
+            out=products["out"],
+            starts=(0, heads * size, (heads + groups) * size),
             heads=heads,
             groups=groups,
             size=size,
             scale=0.1,
+        )
+        around = Around(
+            first=self.norm(CHANNELS, seed + 1),
+            second=self.norm(CHANNELS, seed + 2),
+            wide=products["wide"],
+            down=products["down"],
+            starts=(INSIDE, 0),  # gate behind up
             activation=activation,
         )
+        self.around: Around | None = None if alone else around
+
+    def block(self) -> CpuBlock:
+        return CpuBlock(self.attention, self.around, self.dtype, 3 if self.dtype is torch.float32 else 2)
 
     def norm(self, channels: int, seed: int) -> Norm:
         return Norm(drawn(channels, seed=seed, dtype=self.dtype), 1e-5, float(seed % 2), True)
@@ -97,10 +107,10 @@ class Example:
 
     def expected(self, x: Tensor, rotation: Any, keys: Tensor, values: Tensor, mask: Any) -> Any:
         """Result, keys and values in float64."""
-        parts, size = self.parts, self.size
+        parts, around, size = self.attention, self.around, self.size
 
         def times(name: str, y: Tensor) -> Tensor:
-            bias = getattr(parts, name).bias
+            bias = self.products[name].bias
             out = y @ self.weights[name].dequantize(torch.float64).t()
             return out if bias is None else out + bias.double()
 
@@ -117,7 +127,7 @@ class Example:
             return y * cosines + torch.cat((-second, first), dim=-1) * sines
 
         wide = x.double()[:, 0]
-        rows = times("qkv", normed(parts.first, wide))
+        rows = times("qkv", normed(around.first, wide) if around else wide)
         query, key, value = rows.split([n * size for n in (self.heads, self.groups, self.groups)], dim=-1)
         query, key = normed(parts.query, query), normed(parts.keys, key)
         query, key, value = (each.unflatten(-1, (-1, size)) for each in (query, key, value))
@@ -130,9 +140,11 @@ class Example:
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         attended = (scores.softmax(-1) @ values.repeat_interleave(shared, 1)).flatten(1)
+        if around is None:
+            return times("out", attended).unsqueeze(1), keys, values
         wide = wide + times("out", attended)
-        up, gate = times("wide", normed(parts.second, wide)).split(INSIDE, dim=-1)
-        return (wide + times("down", GATES[parts.activation](gate) * up)).unsqueeze(1), keys, values
+        up, gate = times("wide", normed(around.second, wide)).split(INSIDE, dim=-1)
+        return (wide + times("down", GATES[around.activation](gate) * up)).unsqueeze(1), keys, values
 
 
 @settings(max_examples=60, deadline=None)
@@ -146,6 +158,7 @@ class Example:
     bias=st.booleans(),
     head_norms=st.sampled_from(["", "head", "all"]),
     activation=st.sampled_from(sorted(GATES)),
+    alone=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     masked=st.booleans(),
     seed=st.integers(0, 1000),
@@ -163,8 +176,7 @@ def test_a_block_is_what_it_is_made_of(
     example = Example(groups * shared, groups, dtype=dtype, seed=seed, **rest)
     inputs = example.inputs(batch, length, masked, seed)
     expected = example.expected(*inputs)
-    block = CpuBlock(example.parts, dtype, 3 if dtype is torch.float32 else 2)
-    got = block(*inputs)
+    got = example.block()(*inputs)
     assert got.dtype == dtype
     assert got.shape == inputs[0].shape
     # A dozen roundings, of which the attention makes more of some.
@@ -178,7 +190,7 @@ def test_only_the_last_token_is_written() -> None:
     x, rotation, keys, values, _ = example.inputs(2, 9, masked=False)
     rooms = [each._base for each in (keys, values)]
     before = [room.clone() for room in rooms]
-    CpuBlock(example.parts, torch.float32, 3)(x, rotation, keys, values, None)
+    example.block()(x, rotation, keys, values, None)
     for room, old in zip(rooms, before, strict=True):
         changed = (room != old).any(-1).any(0).any(0)
         assert changed.nonzero().flatten().tolist() == [8]
@@ -186,7 +198,7 @@ def test_only_the_last_token_is_written() -> None:
 
 def test_sequences_have_rotations_and_masks_of_their_own() -> None:
     example = Example()
-    block = CpuBlock(example.parts, torch.float32, 3)
+    block = example.block()
     x, rotation, keys, values, mask = example.inputs(3, 7, masked=True)
     turns = tuple(torch.cat([i * each for i in (1, 2, 3)]) for each in rotation)
     apart = [
@@ -207,7 +219,7 @@ def test_threads_and_instruction_sets_agree_to_the_last_bit(monkeypatch: pytest.
     assert pool is not None
     for dtype in DTYPES:
         example = Example(heads=8, groups=4, size=64, head_norms="head", bias=True, dtype=dtype)
-        block = CpuBlock(example.parts, dtype, 3 if dtype is torch.float32 else 2)
+        block = example.block()
         results = []
         try:
             for name, threads in itertools.product(native.available(), (1, 2)):
@@ -226,26 +238,25 @@ def test_threads_and_instruction_sets_agree_to_the_last_bit(monkeypatch: pytest.
 
 def test_copies_have_their_own_memory() -> None:
     example = Example(bias=True)
-    block = CpuBlock(example.parts, torch.float32, 3)
+    block = example.block()
     twin = copy.deepcopy(block)
     inputs = example.inputs(2, 7, masked=False)
     expected = block(*inputs)
-    example.parts.first.weight.zero_()
+    example.around.first.weight.zero_()
     assert torch.equal(twin(*inputs), expected)
     assert not torch.equal(block(*inputs), expected)
 
 
 def test_what_does_not_lie_contiguously_is_refused() -> None:
-    parts = Example().parts
+    example = Example()
+    attention, around = example.attention, example.around
+    assert around is not None
     apart = drawn(CHANNELS, 2)[:, 0]
+    turned = attention.out.state._replace(packed=attention.out.state.packed.transpose(2, 3))
     for changed in (
-        parts._replace(first=parts.first._replace(weight=apart)),
-        parts._replace(out=parts.out._replace(bias=drawn(CHANNELS, 2)[:, 0])),
-        parts._replace(
-            out=parts.out._replace(
-                state=parts.out.state._replace(packed=parts.out.state.packed.transpose(2, 3))
-            )
-        ),
+        (attention, around._replace(first=around.first._replace(weight=apart))),
+        (attention._replace(out=attention.out._replace(bias=apart)), around),
+        (attention._replace(out=attention.out._replace(state=turned)), None),
     ):
         with pytest.raises(KernelError, match="contiguously"):
-            CpuBlock(changed, torch.float32, 3)
+            CpuBlock(*changed, torch.float32, 3)

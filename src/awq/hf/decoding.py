@@ -1,7 +1,7 @@
 """Whole decoder blocks in one call for a new token, for a model on a CPU: those that `awq.hf.blocks` proves.
 
-Prompts, gradients, other caches, and whatever a hook or an adapter was put on since, are the module's as
-before.
+Of other blocks it is the attention alone, if `awq.hf.attentions` proves that. Prompts, gradients, other caches,
+and whatever a hook or an adapter was put on since, are the module's as before.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, StaticCache, StaticLayer
 
+from awq.hf import attentions, blocks
 from awq.hf.attention import NAME, pays
-from awq.hf.blocks import pieces_of, proved_parts
 from awq.hf.parts import Parts
 from awq.hf.room import place_for_one, tokens_of
 from awq.kernels.cpu_block import CpuBlock
@@ -22,51 +22,57 @@ from awq.kernels.cpu_block import CpuBlock
 _FAR = 1024
 
 
-class NativeBlock:
-    """Stands in for the `forward` of one decoder block."""
+class _Native:
+    """Stands in for the `forward` of a module that attends.
 
-    def __init__(self, module: nn.Module, attention: Any, block: CpuBlock, parts: Parts) -> None:
-        self.module, self.attention, self.block, self.parts = module, attention, block, parts
+    Args:
+        module: the module.
+        attention: the one in it that has an index in the cache.
+        call: what does for it.
+        parts: what must stay as it is.
+    """
 
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the module, which takes over where ours does not serve."""
+    def __init__(self, module: nn.Module, attention: Any, call: CpuBlock, parts: Parts) -> None:
+        self.module, self.attention, self.call, self.parts = module, attention, call, parts
+
+    def _result(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+        """What the module would give, or None where ours does not serve."""
         rotation, mask = kwargs.get("position_embeddings"), kwargs.get("attention_mask")
-        layer = self._layer(kwargs.get("past_key_values"), hidden_states.shape[0])
+        layer = self._layer(kwargs.get("past_key_values"), x.shape[0])
         held = tokens_of(layer)
         if (
-            args
-            or held is None
+            held is None
             or not isinstance(rotation, tuple)
-            or not self._serves(hidden_states, rotation, held + 1)
+            or not self._serves(x, rotation, held + 1)
             or not _fits(mask, layer, held + 1)
             or not self._is_as_proved()
         ):
-            return type(self.module).forward(self.module, hidden_states, *args, **kwargs)
+            return None
         keys, values = place_for_one(layer, held)
-        return self.block(hidden_states, rotation, keys, values, mask)
+        return self.call(x, rotation, keys, values, mask)
 
     def _layer(self, cache: Any, batch: int) -> Any:
         """This block's part of the cache, if it is one of ours or a static one, for as many sequences."""
         if type(cache) not in (DynamicCache, StaticCache) or cache.offloading or torch.is_grad_enabled():
             return None
-        index, parts = self.attention.layer_idx, self.block.parts
+        index, parts = self.attention.layer_idx, self.call.attention
         layer: Any = cache.layers[index] if index < len(cache.layers) else None
         if not getattr(layer, "is_initialized", False):
             return None
         for held in (layer.keys, layer.values):
             shape = (batch, parts.groups, layer.keys.shape[2], parts.size)
-            if held.shape != shape or held.dtype is not self.block.dtype or held.stride(3) != 1:
+            if held.shape != shape or held.dtype is not self.call.dtype or held.stride(3) != 1:
                 return None
         return layer
 
     def _serves(self, x: Tensor, rotation: tuple[Tensor, Tensor], length: int) -> bool:
-        dtype, (cosines, sines) = self.block.dtype, rotation
+        dtype, (cosines, sines) = self.call.dtype, rotation
         return (
             x.dtype is cosines.dtype is sines.dtype is dtype
             and x.shape[1] == 1
             and x.is_cpu
             and x.is_contiguous()
-            and cosines.shape == sines.shape == (len(cosines), 1, self.block.parts.size)
+            and cosines.shape == sines.shape == (len(cosines), 1, self.call.attention.size)
             and len(cosines) in (1, len(x))
             and cosines.is_contiguous()
             and sines.is_contiguous()
@@ -80,6 +86,26 @@ class NativeBlock:
         return not self.module.training and used in ("sdpa", NAME) and self.parts.are_as_they_were()
 
 
+class NativeBlock(_Native):
+    """Stands in for the `forward` of one decoder block."""
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the module, which takes over where ours does not serve."""
+        out = None if args else self._result(hidden_states, kwargs)
+        return type(self.module).forward(self.module, hidden_states, *args, **kwargs) if out is None else out
+
+
+class NativeAttention(_Native):
+    """Stands in for the `forward` of attention in other blocks."""
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the module, which takes over where ours does not serve."""
+        out = None if args else self._result(hidden_states, kwargs)
+        if out is None:
+            return type(self.module).forward(self.module, hidden_states, *args, **kwargs)
+        return out, None
+
+
 def _fits(mask: Tensor | None, layer: Any, length: int) -> bool:
     """Whether a mask is over the tokens of a cache; those of a static one are over all its room."""
     batch, _, room, _ = layer.keys.shape
@@ -90,28 +116,40 @@ def _fits(mask: Tensor | None, layer: Any, length: int) -> bool:
 
 
 def use_native_blocks(model: nn.Module, dtype: torch.dtype) -> list[str]:
-    """Replace the `forward` of each block that is proved to be one; returns their names."""
-    found = []
-    for name, module in model.named_modules():
-        native = native_block(module, dtype)
-        if native is not None:
-            module.forward = native
-            found.append(name)
+    """Replace the `forward` of blocks that are proved to be such, elsewhere of attention; returns names."""
+    found: list[str] = []
+    for make in (native_block, native_attention):
+        for name, module in model.named_modules():
+            native = None if name.startswith(tuple(f"{block}." for block in found)) else make(module, dtype)
+            if native is not None:
+                module.forward = native
+                found.append(name)
     return found
 
 
 def undo_native_blocks(model: nn.Module) -> None:
     """Undo `use_native_blocks`."""
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), NativeBlock):
+        if isinstance(module.__dict__.get("forward"), _Native):
             del module.forward
 
 
 def native_block(module: nn.Module, dtype: torch.dtype) -> NativeBlock | None:
     """What does for a module if it is proved to be a block that can be replaced, or None."""
-    found = pieces_of(module, dtype)
-    parts = None if found is None else proved_parts(found)
-    if found is None or parts is None:
+    found = blocks.pieces_of(module, dtype)
+    proved = None if found is None else blocks.proved(found)
+    if found is None or proved is None:
         return None
-    block = CpuBlock(parts, dtype, found.kernel.digits(dtype))
-    return NativeBlock(module, found.attention, block, Parts((module, found.attention, found.feed_forward)))
+    attention = found.attention
+    call = CpuBlock(*proved, dtype, attention.kernel.digits(dtype))
+    return NativeBlock(module, attention.module, call, Parts((module, attention.module, found.feed_forward)))
+
+
+def native_attention(module: nn.Module, dtype: torch.dtype) -> NativeAttention | None:
+    """What does for a module if it is proved to be attention that can be replaced, or None."""
+    found = attentions.pieces_of(module, dtype)
+    proved = None if found is None else attentions.proved(found)
+    if found is None or proved is None:
+        return None
+    call = CpuBlock(proved, None, dtype, found.kernel.digits(dtype))
+    return NativeAttention(module, module, call, Parts((module,)))

@@ -1,4 +1,4 @@
-"""A decoder block for one new token of each sequence in one call of C++ (`cpp/block.h`).
+"""A decoder block, or its attention, for one new token of each sequence in one call of C++ (`cpp/block.h`).
 
 Between two products of a token there are a dozen small operators, and the weights have left nothing of Python
 and PyTorch in the caches: to call them takes several times what they compute.
@@ -30,29 +30,38 @@ class Norm(NamedTuple):
     rounds: bool
 
 
-class BlockParts(NamedTuple):
-    """What a block is made of.
+class Attention(NamedTuple):
+    """out(attention(qkv(x))).
 
-    x + out(attention(qkv(first(x)))), and to that, as y, down(activation(gate) * up) of second(y). Queries
-    and keys may have norms of their own, over heads or over all channels, and are turned by position.
+    Queries and keys may have norms of their own, over heads or over all channels, and are turned by position.
 
-    `starts` are the channels where queries, keys and values begin in the output of `qkv`, and gate and up in
-    that of `wide`. `size` is that of a head; `scale` is that of the products of queries and keys.
+    `starts` are the channels where queries, keys and values begin in the output of `qkv`. `size` is that of a
+    head; `scale` is that of the products of queries and keys.
     """
 
-    first: Norm
-    second: Norm
     query: Norm | None
     keys: Norm | None
     qkv: Product
     out: Product
-    wide: Product
-    down: Product
-    starts: tuple[int, int, int, int, int]
+    starts: tuple[int, int, int]
     heads: int
     groups: int
     size: int
     scale: float
+
+
+class Around(NamedTuple):
+    """What makes attention a block: x + attention(first(x)), and to that, as y,
+    down(activation(gate) * up) of second(y).
+
+    `starts` are the channels where gate and up begin in the output of `wide`.
+    """
+
+    first: Norm
+    second: Norm
+    wide: Product
+    down: Product
+    starts: tuple[int, int]
     activation: str
 
 
@@ -89,34 +98,43 @@ class CpuBlock:
     """One block, ready to run. It holds the tensors whose addresses it has.
 
     Args:
-        parts: of what it is made. Channels, heads and what lies between gate and down divide by
+        attention: its attention. Channels, heads and what lies between gate and down divide by
             `cpu_decoding.WIDE`.
+        around: the rest of it; None for attention alone.
         dtype: of activations, and of biases.
         digits: bytes of an activation in products; see `cpu_native`.
     """
 
-    def __init__(self, parts: BlockParts, dtype: torch.dtype, digits: int) -> None:
-        self.parts, self.dtype, self._digits = parts, dtype, digits
+    def __init__(self, attention: Attention, around: Around | None, dtype: torch.dtype, digits: int) -> None:
+        self.attention, self.around, self.dtype, self._digits = attention, around, dtype, digits
+        products = [struct_of(each) for each in (attention.qkv, attention.out)]
+        norms = [_scaling(each) for each in (attention.query, attention.keys)]
+        if around is None:
+            products += [ProductStruct(), ProductStruct()]
+            norms = [_scaling(None), _scaling(None), *norms]
+        else:
+            products += [struct_of(each) for each in (around.wide, around.down)]
+            norms = [_scaling(around.first), _scaling(around.second), *norms]
         self._block = _Block(
-            *(struct_of(each) for each in (parts.qkv, parts.out, parts.wide, parts.down)),
-            *(_scaling(each) for each in (parts.first, parts.second, parts.query, parts.keys)),
-            parts.heads,
-            parts.groups,
-            parts.size,
-            (ctypes.c_int64 * 5)(*parts.starts),
-            parts.scale,
-            ACTIVATIONS[parts.activation],
+            *products,
+            *norms,
+            attention.heads,
+            attention.groups,
+            attention.size,
+            (ctypes.c_int64 * 5)(*attention.starts, *(around.starts if around else (0, 0))),
+            attention.scale,
+            ACTIVATIONS[around.activation] if around else 0,
         )
         self._at = ctypes.addressof(self._block)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Copies have addresses of their own.
-        return CpuBlock, (self.parts, self.dtype, self._digits)
+        return CpuBlock, (self.attention, self.around, self.dtype, self._digits)
 
     def __call__(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """The hidden states behind the block.
+        """The hidden states behind the block, or what attention gives.
 
         Args:
             x: `[batch, 1, channels]`, contiguous, in the block's dtype.

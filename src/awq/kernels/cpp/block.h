@@ -1,6 +1,7 @@
 // A whole decoder block for one new token of each sequence: what `openawq_w4` multiplies, and all between.
 //
-// x + out(attention(qkv(norm(x)))), and to that down(activation(gate) * up) of its norm. Results are rounded to
+// x + out(attention(qkv(norm(x)))), and to that down(activation(gate) * up) of its norm; or, where a block has no
+// `wide`, out(attention(qkv(x))) alone. Results are rounded to
 // the kind of the activations wherever they are stored, which is where PyTorch's operators round them.
 #pragma once
 
@@ -137,23 +138,36 @@ struct Passage {
     }
 };
 
-int through(const Block& block, const Token& token, int threads) {
-    Passage passage{block, token, {Kind(token.kind), token.digits, threads}};
-    uint8_t* memory = static_cast<uint8_t*>(std::malloc(size_t(passage.lay_out(nullptr))));
-    if (memory == nullptr) return 1;
-    passage.lay_out(memory);
+void attention_alone(Passage& passage) {
+    passage.multiply(passage.block.qkv, passage.token.x, passage.qkv);
+    passage.turn();
+    passage.attend_to_all();
+    passage.multiply(passage.block.out, passage.attended, static_cast<uint8_t*>(passage.token.result));
+}
+
+void whole_block(Passage& passage) {
+    const Block& block = passage.block;
+    const Token& token = passage.token;
+    const int64_t count = passage.batch * passage.channels;
     scale_rows(block.first, token.x, passage.kind, passage.batch, passage.normed);
     passage.multiply(block.qkv, passage.normed, passage.qkv);
     passage.turn();
     passage.attend_to_all();
     passage.multiply(block.out, passage.attended, passage.normed);
-    const int64_t count = passage.batch * passage.channels;
     add(passage.hidden, token.x, passage.normed, passage.kind, count);
     scale_rows(block.second, passage.hidden, passage.kind, passage.batch, passage.normed);
     passage.multiply(block.wide, passage.normed, passage.wide);
     passage.activate_all();
     passage.multiply(block.down, passage.activated, passage.normed);
     add(token.result, passage.hidden, passage.normed, passage.kind, count);
+}
+
+int through(const Block& block, const Token& token, int threads) {
+    Passage passage{block, token, {Kind(token.kind), token.digits, threads}};
+    uint8_t* memory = static_cast<uint8_t*>(std::malloc(size_t(passage.lay_out(nullptr))));
+    if (memory == nullptr) return 1;
+    passage.lay_out(memory);
+    block.wide.codes ? whole_block(passage) : attention_alone(passage);
     std::free(memory);
     return passage.failed;
 }
