@@ -1,7 +1,7 @@
 """Whole decoder blocks in one call for a new token, for a model on a CPU: those that `awq.hf.blocks` proves.
 
-Of other blocks it is the attention alone, if `awq.hf.attentions` proves that. Prompts, gradients, other caches,
-and whatever a hook or an adapter was put on since, are the module's as before.
+Of other blocks it is the attention alone, if `awq.hf.attentions` proves that. Prompts, gradients, other
+caches, and whatever a hook or an adapter was put on since, are the module's as before.
 """
 
 from __future__ import annotations
