@@ -1,7 +1,7 @@
-"""Whole decoder blocks in one call for a new token, for a model on a CPU: those that `awq.hf.blocks` proves.
+"""Whole decoder blocks in one call for a new token, for a model on a CPU, if `block_proof` proves them.
 
-Of other blocks it is the attention alone, if `awq.hf.attentions` proves that. Prompts, gradients, other
-caches, and whatever a hook or an adapter was put on since, are the module's as before.
+Of other blocks it is the attention alone, if `attention_proof` proves that. Prompts, gradients, other caches,
+and whatever a hook or an adapter was put on since, are the module's as before.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, StaticCache, StaticLayer
 
-from awq.hf import attentions, blocks
+from awq.hf import attention_proof, block_proof
 from awq.hf.attention import NAME, pays
 from awq.hf.parts import Parts
 from awq.hf.room import place_for_one, tokens_of
@@ -136,8 +136,8 @@ def undo_native_blocks(model: nn.Module) -> None:
 
 def native_block(module: nn.Module, dtype: torch.dtype) -> NativeBlock | None:
     """What does for a module if it is proved to be a block that can be replaced, or None."""
-    found = blocks.pieces_of(module, dtype)
-    proved = None if found is None else blocks.proved(found)
+    found = block_proof.pieces_of(module, dtype)
+    proved = None if found is None else block_proof.proved(found)
     if found is None or proved is None:
         return None
     attention = found.attention
@@ -147,8 +147,8 @@ def native_block(module: nn.Module, dtype: torch.dtype) -> NativeBlock | None:
 
 def native_attention(module: nn.Module, dtype: torch.dtype) -> NativeAttention | None:
     """What does for a module if it is proved to be attention that can be replaced, or None."""
-    found = attentions.pieces_of(module, dtype)
-    proved = None if found is None else attentions.proved(found)
+    found = attention_proof.pieces_of(module, dtype)
+    proved = None if found is None else attention_proof.proved(found)
     if found is None or proved is None:
         return None
     call = CpuBlock(proved, None, dtype, found.kernel.digits(dtype))

@@ -1,7 +1,7 @@
 """Decoder blocks that one call of C++ can do for, found by proof, not by name.
 
-Such a block is a module that holds two norms, attention (`awq.hf.attentions`) and three layers around a gate,
-as `awq.kernels.cpu_block` puts them together. Which is which is tried out as it is for attention.
+Such a block is a module that holds two norms, attention (`attention_proof`) and three layers around a gate, as
+`awq.kernels.cpu_block` puts them together. Which is which is tried out as it is for attention.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from awq.hf import attentions
-from awq.hf.attentions import REFUSALS, agrees, in_dtype, joined, kernel_of, norms_among
+from awq.hf import attention_proof
+from awq.hf.attention_proof import REFUSALS, agrees, in_dtype, joined, kernel_of, norms_among
 from awq.hf.gates import Rule as GateRule
 from awq.hf.gates import rule_of as gate_rule_of
 from awq.kernels.cpu_block import Around, Attention, CpuBlock, Norm
@@ -26,7 +26,7 @@ class Pieces(NamedTuple):
 
     block: Any
     norms: list[Norm]
-    attention: attentions.Pieces
+    attention: attention_proof.Pieces
     feed_forward: Any
     gate: GateRule
 
@@ -43,7 +43,7 @@ def pieces_of(module: nn.Module, dtype: torch.dtype) -> Pieces | None:
     if len(gates) != 1:
         return None
     ((mlp, gate),) = gates.items()
-    attention = attentions.pieces_of(next(child for name, child in others.items() if name != mlp), dtype)
+    attention = attention_proof.pieces_of(next(child for name, child in others.items() if name != mlp), dtype)
     feed_forward: Any = others[mlp]
     gate_layer, up_layer = (feed_forward.get_submodule(name) for name in (gate.gate, gate.up))
     if attention is None or gate_layer._merge is None:
@@ -64,7 +64,9 @@ def proved(found: Pieces) -> tuple[Attention, Around] | None:
     def run(x: Tensor, **rest: Any) -> Any:
         return type(found.block).forward(found.block, x, **rest)
 
-    for attention, around in itertools.product(attentions.candidates(found.attention), _candidates(found)):
+    for attention, around in itertools.product(
+        attention_proof.candidates(found.attention), _candidates(found)
+    ):
         try:
             if all(
                 agrees(
