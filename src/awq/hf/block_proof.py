@@ -1,7 +1,7 @@
 """Decoder blocks that one call of C++ can do for, found by proof, not by name.
 
-Such a block is a module that holds two norms, attention (`attention_proof`) and three layers around a gate, as
-`awq.kernels.cpu_block` puts them together. Which is which is tried out as it is for attention.
+Such a block is a module that holds two norms, attention (`attention_proof`) and three layers around a gate,
+as `awq.kernels.cpu_block` puts them together. Which is which is tried out as it is for attention.
 """
 
 from __future__ import annotations
