@@ -37,6 +37,7 @@ def _faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours is taken for the faster attention, wherever the tests run; blocks have one of their own."""
     monkeypatch.setattr(attention, "pays", lambda: True)
     monkeypatch.setattr(decoding, "native_block", lambda *_: None)
+    monkeypatch.setattr(decoding, "native_attention", lambda *_: None)
 
 
 @pytest.fixture
