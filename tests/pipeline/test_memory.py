@@ -1,4 +1,4 @@
-"""What the C library does with freed memory."""
+"""What a GPU keeps is decided by what is free on it; and what the C library does with freed memory."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from awq.pipeline.memory import large_pieces_apart
+from awq.pipeline.memory import has_room, large_pieces_apart
 
 MB = 1 << 20
+
+
+def test_a_gpu_keeps_a_quarter_of_what_is_free_and_a_cpu_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4000, 80_000))
+    assert has_room(torch.device("cuda"), 1000)
+    assert not has_room(torch.device("cuda"), 1001)
+    assert not has_room(torch.device("cpu"), 1)
 
 
 class _Info(ctypes.Structure):
