@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from awq.errors import KernelError
+from awq.hf.attention_proof import joined, kernel_of
 from awq.hf.parts import Parts
 from awq.kernels.cpu_experts import CpuExperts, Expert
-from awq.kernels.cpu_native import KINDS, CpuNative
-from awq.kernels.cpu_product import ACTIVATIONS, Product
+from awq.kernels.cpu_native import KINDS
+from awq.kernels.cpu_product import ACTIVATIONS
 from awq.nn import QuantExperts, QuantLinear
 
 # Tokens beyond which products take so long that calling them one by one costs nothing.
@@ -105,8 +106,8 @@ def native_experts(module: nn.Module, dtype: torch.dtype) -> NativeExperts | Non
     for layer in layers:
         if layer._choice is None:
             layer.prepare(dtype)
-    kernels = {layer._choice.kernel for layer in layers}
-    if len(kernels) != 1 or not isinstance(kernel := kernels.pop(), CpuNative):
+    kernel = kernel_of(layers)
+    if kernel is None:
         return None
     for order, activation in itertools.product(_orders(module, names), ACTIVATIONS):
         try:
@@ -138,10 +139,7 @@ def _orders(module: QuantExperts, names: Sequence[str]) -> Iterator[tuple[int, i
 def _products(
     experts: Sequence[Sequence[QuantLinear]], order: Sequence[int], dtype: torch.dtype
 ) -> list[Expert]:
-    def product(layer: Any) -> Product:
-        return Product(layer._state, None if layer.bias is None else layer.bias.to(dtype))
-
-    return [Expert(*(product(expert[place]) for place in order)) for expert in experts]
+    return [Expert(*(joined((expert[place],), dtype) for place in order)) for expert in experts]
 
 
 def _agrees(module: QuantExperts, ours: CpuExperts) -> bool:

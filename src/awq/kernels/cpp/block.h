@@ -129,6 +129,14 @@ struct Passage {
             block.heads / block.groups, token.length, block.size, block.scale, attended, how.threads);
     }
 
+    // out(attention(qkv(x))); `to` may be x.
+    void attention(const void* x, uint8_t* to) {
+        multiply(block.qkv, x, qkv);
+        turn();
+        attend_to_all();
+        multiply(block.out, attended, to);
+    }
+
     void activate_all() {
         const int64_t outputs = block.wide.outputs, columns = block.down.columns;
         const Gate gate{wide + block.gate_at * width, wide + block.up_at * width, outputs, outputs, kind, columns,
@@ -138,22 +146,12 @@ struct Passage {
     }
 };
 
-void attention_alone(Passage& passage) {
-    passage.multiply(passage.block.qkv, passage.token.x, passage.qkv);
-    passage.turn();
-    passage.attend_to_all();
-    passage.multiply(passage.block.out, passage.attended, static_cast<uint8_t*>(passage.token.result));
-}
-
 void whole_block(Passage& passage) {
     const Block& block = passage.block;
     const Token& token = passage.token;
     const int64_t count = passage.batch * passage.channels;
     scale_rows(block.first, token.x, passage.kind, passage.batch, passage.normed);
-    passage.multiply(block.qkv, passage.normed, passage.qkv);
-    passage.turn();
-    passage.attend_to_all();
-    passage.multiply(block.out, passage.attended, passage.normed);
+    passage.attention(passage.normed, passage.normed);
     add(passage.hidden, token.x, passage.normed, passage.kind, count);
     scale_rows(block.second, passage.hidden, passage.kind, passage.batch, passage.normed);
     passage.multiply(block.wide, passage.normed, passage.wide);
@@ -167,7 +165,8 @@ int through(const Block& block, const Token& token, int threads) {
     uint8_t* memory = static_cast<uint8_t*>(std::malloc(size_t(passage.lay_out(nullptr))));
     if (memory == nullptr) return 1;
     passage.lay_out(memory);
-    block.wide.codes ? whole_block(passage) : attention_alone(passage);
+    if (block.wide.codes != nullptr) whole_block(passage);
+    else passage.attention(token.x, static_cast<uint8_t*>(token.result));
     std::free(memory);
     return passage.failed;
 }
