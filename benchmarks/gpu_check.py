@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from awq.kernels import multiply
+from awq.kernels import LayerSpec, multiply
 from awq.kernels.registry import Kernel
 from awq.kernels.triton_panel import mover_for, panel_for
 from awq.nn import Merge, QuantLinear
@@ -36,13 +36,15 @@ def check(kernel: Kernel) -> dict[str, Any]:
 
     Also: the very codes come back, the same bits twice, and the same bits from a replayed graph.
     """
-    worst = {str(dtype): 0.0 for dtype in TOLERANCES}
+    worst: dict[str, float] = {}
     cases = 0
-    shapes = ((128, 1024), (200, 2048), (1032, 4096), (4096, 1536))
+    shapes = ((128, 1024), (200, 2048), (1032, 4096), (1040, 14336), (4096, 1536))
     groups = (32, 64, 128, 192, 0)
     for (out, columns), group, dtype in itertools.product(shapes, groups, TOLERANCES):
         size = group or columns
         if columns % size:
+            continue
+        if kernel.refuses(LayerSpec("cuda", dtype, columns, out, size)):
             continue
         weight = random_weight(out, columns, size)
         state = kernel.prepare(weight, dtype)
@@ -56,7 +58,7 @@ def check(kernel: Kernel) -> dict[str, Any]:
             case = f"{kernel.name}: {rows} rows, {out}x{columns}, groups of {size}, {dtype}: {error:.2e}"
             assert error < TOLERANCES[dtype], case
             assert torch.equal(got, kernel.forward(inputs, state)), f"not deterministic: {case}"
-            worst[str(dtype)] = max(worst[str(dtype)], error)
+            worst[str(dtype)] = max(worst.get(str(dtype), 0.0), error)
             cases += 1
     check_graph(kernel)
     cases += check_magnitudes(kernel)
@@ -65,7 +67,7 @@ def check(kernel: Kernel) -> dict[str, Any]:
 
 def check_magnitudes(kernel: Kernel) -> int:
     """Very small and very large bfloat16 activations, and such far from zero in the mean: how many cases."""
-    weight = random_weight(1032, 4096, 128)
+    weight = random_weight(1040, 4096, 128)
     state, exact_weight = kernel.prepare(weight, torch.bfloat16), weight.dequantize().double().t()
     cases = list(itertools.product((1, 8, 16, 65), (2.0**-50, 1.0, 2.0**55), (0, 30)))
     for rows, factor, mean in cases:

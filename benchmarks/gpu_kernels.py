@@ -1,6 +1,6 @@
 """GPU kernels: checked against the oracle, timed beside cuBLAS in bfloat16, and used in a whole decode.
 
-    python benchmarks/gpu_kernels.py [--quick] [--sections check,accuracy,layers,decode]
+    python benchmarks/gpu_kernels.py [--quick] [--sections check,accuracy,layers,decode] [--kernels hopper]
 
 Weights are out of the cache when they are read, and times are those of a replayed CUDA graph. It takes a few
 minutes, most of it compiling. Writes `gpu_kernels-CARD.json` and a table, `gpu_kernels-CARD.md`.
@@ -119,7 +119,8 @@ def table(figures: dict[str, Any]) -> str:
             told = ", ".join(f"{error:.1e} in {dtype.removeprefix('torch.')}" for dtype, error in errors)
             lines.append(f"- {found['check']['cases']} products checked; largest relative error {told}")
         if "layers" in found:
-            lines += [f"- host, one product {name}: {us:.1f} us" for name, us in found["overhead"].items()]
+            overhead = found.get("overhead", {}).items()
+            lines += [f"- host, one product {name}: {us:.1f} us" for name, us in overhead]
             lines += _layers(found["layers"], device["copy TB/s"])
     for name in ("quantizing", "merged"):
         if name in figures:
@@ -180,6 +181,7 @@ def main() -> None:
         default="check,accuracy,layers,decode",
         help="of these; those left out stay as they are in the files",
     )
+    parser.add_argument("--kernels", help="of these only; those left out stay as they are in the files")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     import triton
@@ -190,7 +192,10 @@ def main() -> None:
     file = options.out / f"gpu_kernels-{str(device['card']).replace(' ', '-')}.json"
     figures: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"kernels": {}}
     figures |= {"device": device, "versions": {"torch": torch.__version__, "triton": triton.__version__}}
+    asked = options.kernels.split(",") if options.kernels else kernel_names()
     for kernel in gpu_kernels():
+        if kernel.name not in asked:
+            continue
         print(choose(LayerSpec("cuda", torch.bfloat16, 4096, 4096, 128)).reason, flush=True)
         found = figures["kernels"].setdefault(kernel.name, {})
         if "check" in sections:

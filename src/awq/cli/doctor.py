@@ -152,6 +152,14 @@ def _why(reason: str) -> str:
     return refused.removesuffix(")") if refused else "the fastest of all"
 
 
+def _worth_telling(lacking: str | None) -> str | None:
+    """What programs for Hopper GPUs lack where there is nothing but such GPUs."""
+    import torch
+
+    capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    return lacking if set(capabilities) == {(9, 0)} else None
+
+
 def _packages() -> list[dict[str, str | None]]:
     found = []
     for name, purpose, cure in _PACKAGES:
@@ -167,7 +175,7 @@ def _missing(native: dict[str, Any], packages: list[dict[str, Any]]) -> list[dic
     """What could be had, and how."""
     import torch
 
-    from awq.kernels import humming, triton_int4
+    from awq.kernels import hopper, humming, triton_int4
     from awq.kernels import native as library
 
     missing = []
@@ -179,6 +187,7 @@ def _missing(native: dict[str, Any], packages: list[dict[str, Any]]) -> list[dic
     if torch.cuda.is_available():
         for what, purpose, lacking in (
             ("triton", "fast kernels on the GPU", triton_int4.missing()),
+            ("hopper", "faster kernels on an H100 or H200", _worth_telling(hopper.missing())),
             ("humming-kernels", 'backend="marlin" on the GPU', humming.missing()),
         ):
             if lacking:

@@ -11,6 +11,7 @@ from torch import Tensor
 from awq.errors import KernelError
 from awq.kernels.cpu_int4 import CpuInt4
 from awq.kernels.cpu_native import CpuNative, CpuW4A8
+from awq.kernels.hopper import Hopper
 from awq.kernels.humming import Humming
 from awq.kernels.spec import LayerSpec
 from awq.kernels.torch_dequant import TorchDequant
@@ -47,7 +48,7 @@ class Kernel(Protocol):
 
 
 # Fastest first; the last one serves everything and is what the others are tested against.
-_KERNELS: tuple[Kernel, ...] = (CpuNative(), CpuInt4(), TritonInt4(), TorchDequant())
+_KERNELS: tuple[Kernel, ...] = (CpuNative(), CpuInt4(), Hopper(), TritonInt4(), TorchDequant())
 # Only for who asks: less exact than its dtype, or compiled for each size of batch as it comes.
 _ON_REQUEST: tuple[Kernel, ...] = (CpuW4A8(), Humming())
 # Names by which users know a kind of kernel, and which of ours come first then, where they serve.
