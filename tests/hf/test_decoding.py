@@ -35,11 +35,12 @@ FAMILIES: dict[str, tuple[dict[str, Any], str, str]] = {
     "qwen2": (HEADS, "blocks", ""),
     "qwen3": (HEADS, "blocks", ""),
     "mistral": (HEADS | {"sliding_window": None}, "blocks", ""),
+    "mistral with a window": (HEADS | {"sliding_window": 13}, "blocks", ""),
     "gemma": (HEADS | {"hidden_activation": "gelu_pytorch_tanh"}, "blocks", ""),
     "granite": (HEADS | {"residual_multiplier": 0.5}, "attention", "what is added is multiplied"),
     "olmo2": (HEADS, "attention", "its norms are behind attention and gate"),
     "qwen3_moe": (HEADS | MOE | {"num_experts": 4}, "attention", "it has experts"),
-    "gemma3_text": (HEADS, "attention", "it has four norms; caches of a window are left to the module"),
+    "gemma3_text": (HEADS | {"sliding_window": 6}, "attention", "it has four norms"),
     "ministral3": (HEADS, "", "queries are multiplied by their positions"),
     "phi3": ({"num_key_value_heads": 2, "pad_token_id": 0}, "", "one layer for queries, keys and values"),
     "opt": ({"ffn_dim": 128, "word_embed_proj_dim": 64}, "", "no gate, no rotation"),
@@ -96,8 +97,8 @@ def test_the_same_tokens_with_and_without(family: str, tmp_path: Path, tiny: Any
     assert attentions(model) == (2 if replaced == "attention" else 0), reason
     uses.clear()
     assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), expected)
-    used = replaced and family != "gemma3_text"
-    assert uses == ([10 + i for i in range(11) for _ in range(2)] if used else [])
+    window = sizes.get("sliding_window") or 100
+    assert uses == ([min(10 + i, window) for i in range(11) for _ in range(2)] if replaced else [])
     assert torch.equal(model.generate(ids[:1], **GREEDY), expected[:1])
     unfuse(model)
     assert blocks(model) == attentions(model) == 0

@@ -11,10 +11,35 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 # Tokens by which the room grows at least; memory that was never written to is not taken.
 _STEP = 256
+
+
+class _Rooms:
+    """Larger tensors of which a layer's keys and values are a part."""
+
+    def __init__(self) -> None:
+        self._rooms: dict[str, Tensor] = {}
+
+    def longer(self, name: str, held: Tensor, shape: Sequence[int]) -> Tensor:
+        """What is held with as many tokens more as a shape `[batch, heads, tokens, head_dim]` has, unwritten.
+
+        The same memory where there is room, else a copy in a larger room.
+        """
+        *lead, tokens, channels = shape
+        before = held.shape[-2] if held.numel() else 0
+        length = before + tokens
+        room = self._rooms.get(name)
+        start = None if room is None or _is_closed(room) else _start_in(room, held)
+        if room is None or start is None or start + length > room.shape[-2]:
+            most = -(-(length + length // 4 + 1) // _STEP) * _STEP
+            room, start = held.new_empty(*lead, most, channels), 0
+            if before:
+                room[..., :before, :] = held
+            self._rooms[name] = room
+        return room.narrow(-2, start, length)
 
 
 class RoomyLayer(DynamicLayer):
@@ -25,7 +50,7 @@ class RoomyLayer(DynamicLayer):
 
     def __init__(self) -> None:
         super().__init__()
-        self._rooms: dict[str, Tensor] = {}
+        self._rooms = _Rooms()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -48,26 +73,54 @@ class RoomyLayer(DynamicLayer):
         Args:
             keys, values: `[batch, heads, tokens, head_dim]` of what is to be added.
         """
-        self.keys = self._longer("keys", self.keys, keys)
-        self.values = self._longer("values", self.values, values)
+        self.keys = self._rooms.longer("keys", self.keys, keys)
+        self.values = self._rooms.longer("values", self.values, values)
 
-    def _longer(self, name: str, held: Tensor, shape: Sequence[int]) -> Tensor:
-        *lead, tokens, channels = shape
-        before = held.shape[-2] if held.numel() else 0
-        length = before + tokens
-        room = self._rooms.get(name)
-        if room is None or not _begins(room, held) or length > room.shape[-2] or _is_closed(room):
-            most = -(-(length + length // 4 + 1) // _STEP) * _STEP
-            room = held.new_empty(*lead, most, channels)
-            if before:
-                room[..., :before, :] = held
-            self._rooms[name] = room
-        return room.narrow(-2, 0, length)
+
+class RoomyWindowLayer(DynamicSlidingWindowLayer):
+    """As `DynamicSlidingWindowLayer`: for single tokens, its window moves through larger tensors."""
+
+    keys: Any
+    values: Any
+
+    def __init__(self, sliding_window: int) -> None:
+        super().__init__(sliding_window=sliding_window)
+        self._rooms = _Rooms()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add tokens; see there."""
+        apart = torch.is_grad_enabled() or torch.compiler.is_compiling() or not key_states.is_cpu
+        if apart or key_states.shape[-2] != 1 or not self.moves:
+            out: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return out
+        keys, values = self.place_for_one()
+        keys[..., -1:, :] = key_states
+        values[..., -1:, :] = value_states
+        return keys, values
+
+    @property
+    def moves(self) -> bool:
+        """Whether `place_for_one` can be asked."""
+        return self.is_initialized and not self.record_past and self.sliding_window > 1
+
+    def place_for_one(self) -> tuple[Tensor, Tensor]:
+        """Keys and values that the next token attends to, itself last, for the caller to write."""
+        one = slice(-1, None)
+        keys = self._rooms.longer("keys", self.keys, self.keys[..., one, :].shape)
+        values = self._rooms.longer("values", self.values, self.values[..., one, :].shape)
+        first = max(0, keys.shape[-2] - self.sliding_window + 1)
+        self.keys, self.values = keys[..., first:, :], values[..., first:, :]
+        self.cumulative_length += 1
+        return keys, values
 
 
 def tokens_of(layer: Any) -> int | None:
     """How many tokens a layer of a cache holds; None if `place_for_one` has none in it for one more."""
     if type(layer) is RoomyLayer and layer.is_initialized:
+        return int(layer.keys.shape[-2])
+    if type(layer) is RoomyWindowLayer and layer.moves:
         return int(layer.keys.shape[-2])
     if type(layer) is StaticLayer and layer.is_initialized:
         held = int(layer.cumulative_length)
@@ -87,18 +140,23 @@ def place_for_one(layer: Any, held: int) -> tuple[Tensor, Tensor]:
         keys, values = layer.keys, layer.values
         assert keys is not None and values is not None  # it is initialized
         return keys.narrow(-2, 0, held + 1), values.narrow(-2, 0, held + 1)
+    if type(layer) is RoomyWindowLayer:
+        return layer.place_for_one()
     one = slice(-1, None)
     layer.make_longer(layer.keys[..., one, :].shape, layer.values[..., one, :].shape)
     return layer.keys, layer.values
 
 
-def _begins(room: Tensor, held: Tensor) -> bool:
-    """Whether a tensor is the first tokens of a room. Reordered or cut caches are other tensors."""
-    return (
-        held.data_ptr() == room.data_ptr()
-        and held.stride() == room.stride()
-        and held.shape[:-2] == room.shape[:-2]
-    )
+def _start_in(room: Tensor, held: Tensor) -> int | None:
+    """At which token of a room a tensor begins; None where it is no part of it, as reordered ones are not."""
+    if (
+        held.untyped_storage().data_ptr() != room.untyped_storage().data_ptr()
+        or held.stride() != room.stride()
+        or held.shape[:-2] != room.shape[:-2]
+    ):
+        return None
+    start, rest = divmod(int(held.storage_offset() - room.storage_offset()), room.stride(-2))
+    return start if rest == 0 and 0 <= start < room.shape[-2] else None
 
 
 def _is_closed(room: Tensor) -> bool:
@@ -118,8 +176,12 @@ class GiveRoom:
         if type(cache) is not DynamicCache:
             return
         for index, layer in enumerate(cache.layers):
-            if type(layer) is DynamicLayer and not layer.is_initialized:
+            if layer.is_initialized:
+                continue
+            if type(layer) is DynamicLayer:
                 cache.layers[index] = RoomyLayer()
+            elif type(layer) is DynamicSlidingWindowLayer and not layer.record_past:
+                cache.layers[index] = RoomyWindowLayer(layer.sliding_window)
         if cache.layer_class_to_replicate is DynamicLayer:
             cache.layer_class_to_replicate = RoomyLayer
 
