@@ -35,7 +35,7 @@ def is_full(layer: Any) -> bool:
 
 def act(layer: Any, step: str, amount: int, generator: torch.Generator) -> Any:
     """Do something to a layer; the layer to go on with."""
-    batch = layer.keys.shape[0] if layer.get_seq_length() else 2
+    batch = layer.keys.shape[0] if layer.is_initialized and layer.keys.numel() else 2
     if step == "update":
         new = [torch.randn(batch, 3, amount, 4, generator=generator) for _ in range(2)]
         layer.update(*new)
