@@ -42,7 +42,11 @@ FAMILIES: dict[str, tuple[dict[str, Any], str, str]] = {
     "qwen3_moe": (HEADS | MOE | {"num_experts": 4}, "attention", "it has experts"),
     "gemma3_text": (HEADS | {"sliding_window": 6}, "attention", "it has four norms"),
     "ministral3": (HEADS, "", "queries are multiplied by their positions"),
-    "phi3": ({"num_key_value_heads": 2, "pad_token_id": 0}, "", "one layer for queries, keys and values"),
+    "phi3": (
+        {"num_key_value_heads": 2, "pad_token_id": 0, "sliding_window": None},
+        "attention",
+        "one layer for gate and up",
+    ),
     "opt": ({"ffn_dim": 128, "word_embed_proj_dim": 64}, "", "no gate, no rotation"),
     "stablelm": (HEADS, "", "a part of each head is turned"),
 }

@@ -1,9 +1,10 @@
 """Attention that one call of C++ can do for, found by proof, not by name.
 
-It is a module that holds four layers, of which three read the same, and maybe a norm each for queries and
-keys. Which is which is tried out: on random hidden states, with random rotations of several sizes, the module
-and ours must agree, in float32 and in the model's dtype, and put the same into the cache. Positions are far
-from each other in that, so that a module for which more depends on them is none.
+It is a module that holds four layers, of which three read the same, or two, of which one gives queries, keys
+and values; and maybe a norm each for queries and keys. Which is which is tried out: on random hidden states,
+with random rotations of several sizes, the module and ours must agree, in float32 and in the model's dtype,
+and put the same into the cache. Positions are far from each other in that, so that a module for which more
+depends on them is none.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ Run = Callable[..., Any]
 
 
 class Pieces(NamedTuple):
-    """The modules that make up attention."""
+    """The modules that make up attention; `merged` are the layers of queries, keys and values, or the one."""
 
     module: Any
     merged: tuple[QuantLinear, ...]
@@ -53,12 +54,19 @@ def pieces_of(module: Any, dtype: torch.dtype) -> Pieces | None:
     """The modules that make up attention, if a module is built like it."""
     inside = dict(module.named_children())
     layers = [child for child in inside.values() if isinstance(child, QuantLinear)]
-    if len(layers) != 4 or module._parameters or "forward" in module.__dict__ or dtype not in KINDS:
+    if module._parameters or "forward" in module.__dict__ or dtype not in KINDS:
         return None
     norms, rest = norms_among({name: child for name, child in inside.items() if child not in layers}, dtype)
     merged = next((each._merge.members for each in layers if each._merge is not None), ())
+    if len(layers) == 2:  # the first of them gives queries, keys and values
+        merged = (max(layers, key=lambda layer: layer.out_features),)
     apart = [each for each in layers if each not in merged]
-    if len(merged) != 3 or len(apart) != 1 or rest or len(norms) not in (0, 2):
+    if (
+        (len(layers), len(merged)) not in ((4, 3), (2, 1))
+        or len(apart) != 1
+        or rest
+        or len(norms) not in (0, 2)
+    ):
         return None
     kernel = kernel_of(layers)
     if kernel is None or apart[0].out_features != merged[0].in_features:
@@ -123,16 +131,14 @@ def candidates(found: Pieces) -> Iterator[Attention]:
     if size % WIDE or size > LARGEST_HEAD or found.out.out_features % WIDE:
         return
     qkv, out = joined(found.merged, found.dtype), joined((found.out,), found.dtype)
-    for query, keys, values in itertools.permutations(found.merged):
-        if keys.out_features != values.out_features or query.out_features != found.out.in_features:
+    for query, keys, values in _spans(found):
+        if len(keys) != len(values) or len(query) != found.out.in_features:
             continue
-        if query.out_features % size or keys.out_features % size or query.out_features % keys.out_features:
+        if len(query) % size or len(keys) % size or len(query) % len(keys):
             continue
         for of_query, of_keys in itertools.permutations(head_norms):
             if of_query is not None and not (
-                query.out_features % of_query.weight.numel()
-                == 0
-                == keys.out_features % of_keys.weight.numel()
+                len(query) % of_query.weight.numel() == 0 == len(keys) % of_keys.weight.numel()
             ):
                 continue
             yield Attention(
@@ -140,12 +146,29 @@ def candidates(found: Pieces) -> Iterator[Attention]:
                 of_keys,
                 qkv,
                 out,
-                (query._rows.start, keys._rows.start, values._rows.start),
-                query.out_features // size,
-                keys.out_features // size,
+                (query.start, keys.start, values.start),
+                len(query) // size,
+                len(keys) // size,
                 size,
                 found.module.scaling,
             )
+
+
+def _spans(found: Pieces) -> Iterator[tuple[range, range, range]]:
+    """Which output channels may be queries, keys and values."""
+    if len(found.merged) == 3:
+        rows = [range(each._rows.start, each._rows.start + each.out_features) for each in found.merged]
+        yield from itertools.permutations(rows, 3)
+        return
+    queries, channels = found.out.in_features, found.merged[0].out_features
+    each = (channels - queries) // 2
+    if each > 0:
+        for order in itertools.permutations(((0, queries), (1, each), (2, each))):
+            start, spans = 0, {}
+            for what, count in order:
+                spans[what] = range(start, start + count)
+                start += count
+            yield spans[0], spans[1], spans[2]
 
 
 def joined(layers: tuple[QuantLinear, ...], dtype: torch.dtype) -> Product:
