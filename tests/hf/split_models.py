@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rounded import prompt, quantized_pair, relative
 from transformers import AutoModelForCausalLM, AwqConfig
 from two_gpus import install
 
@@ -23,6 +22,7 @@ from awq import AutoAWQForCausalLM
 from awq.kernels.torch_dequant import TorchDequant
 from awq.nn import QuantLinear
 from conftest import tiny_model
+from rounded import prompt, quantized_pair, relative
 
 BLOCKS = 4
 FAMILIES = {

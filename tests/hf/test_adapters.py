@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from rounded import prompt, quantized_pair, relative, same_files
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AwqConfig, Trainer, TrainingArguments
 
 from awq.errors import ConfigError
+from rounded import prompt, quantized_pair, relative, same_files
 
 peft = pytest.importorskip("peft", reason="the optional package peft is not installed")
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from rounded import prompt, quantized_pair, relative, same_files
 from transformers import AutoModelForCausalLM, AwqConfig
 
 from awq import load_quantized
 from awq.errors import ConfigError
 from awq.nn import QuantLinear
+from rounded import prompt, quantized_pair, relative, same_files
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from rounded import prompt, quantized_pair, relative, same_files
 from transformers import AutoModelForCausalLM
 
 from awq.nn import QuantLinear
+from rounded import prompt, quantized_pair, relative, same_files
 
 
 @pytest.fixture

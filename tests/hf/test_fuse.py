@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from rounded import prompt, quantized_pair, relative, same_files
 from transformers import AutoModelForCausalLM, AutoTokenizer, AwqConfig, CompileConfig, GenerationConfig
 
 from awq import QuantConfig, load_quantized
@@ -18,6 +17,7 @@ from awq.hf.fuse import _undo_native, fuse, unfuse
 from awq.hf.static import StaticGeneration
 from awq.nn import QuantExperts, QuantLinear
 from awq.pipeline import quantize
+from rounded import prompt, quantized_pair, relative, same_files
 
 GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
 # Family, sizes, and the merges of a block by the names of their layers.

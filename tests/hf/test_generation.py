@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from rounded import prompt, quantized_pair, relative
 from transformers import AutoModelForCausalLM, AutoTokenizer, AwqConfig, CompileConfig
 
 from awq import QuantConfig
 from awq.kernels import native
 from awq.pipeline import quantize
+from rounded import prompt, quantized_pair, relative
 
 KERNELS = ["torch", "cpu-int4", "auto"]
 

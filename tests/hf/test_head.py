@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from rounded import prompt, quantized_pair, relative, same_files
 from torch import nn
 
 from awq import AutoAWQForCausalLM, load_quantized
@@ -15,6 +14,7 @@ from awq.errors import ConfigError
 from awq.hf.head import quantize_head
 from awq.kernels import cpu_native
 from awq.nn import QuantLinear
+from rounded import prompt, quantized_pair, relative, same_files
 
 GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
 # Family and sizes: heads that are untied, tied, and with a bias.

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from rounded import relative
 from transformers import AutoModelForImageTextToText
 
 import awq
 from awq.hf import load_float, load_quantized
 from awq.nn import QuantLinear
+from rounded import relative
 from zoo.vision import BUILDERS, image_inputs
 
 

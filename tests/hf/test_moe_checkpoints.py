@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from moe_sizes import LATENT, MIXTRAL, MOE
-from rounded import FLOAT, prompt, quantized_pair, relative, same_files
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AwqConfig
 
 from awq.errors import LoadError
 from awq.nn import QuantExperts
+from moe_sizes import LATENT, MIXTRAL, MOE
+from rounded import FLOAT, prompt, quantized_pair, relative, same_files
 
 EXACT = {"dtype": torch.float32, "quantization_config": AwqConfig(backend="torch")}
 # Family: changes to the tiny model, a name that its checkpoints must hold.

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from rounded import prompt, quantized_pair, relative, same_files
 from transformers import AutoModelForCausalLM, AwqConfig
 
 import awq
 from awq.errors import ConfigError
 from awq.nn import QuantLinear
+from rounded import prompt, quantized_pair, relative, same_files
 
 HALF_ON_DISK = {
     "model.embed_tokens": "cpu",

@@ -13,7 +13,6 @@ import pytest
 import torch
 from accelerate import infer_auto_device_map
 from accelerate.utils import compute_module_sizes
-from rounded import quantized_pair
 from torch.utils import backend_registration
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -25,6 +24,7 @@ from awq.hf.placement import accelerator_of, check_map, check_memory, is_spread
 from awq.hf.replace import Stored, replace_layers
 from awq.model.weights import read_header
 from awq.nn import QuantLinear
+from rounded import quantized_pair
 
 PARTS = (
     "model.embed_tokens",

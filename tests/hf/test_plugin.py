@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from rounded import FLOAT, prompt, quantized_pair, relative, same_files
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -25,6 +24,7 @@ from awq import QuantConfig
 from awq.errors import LoadError
 from awq.nn import QuantLinear
 from awq.pipeline import quantize
+from rounded import FLOAT, prompt, quantized_pair, relative, same_files
 
 EXACT = {"dtype": torch.float32, "quantization_config": AwqConfig(backend="torch")}
 

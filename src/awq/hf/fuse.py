@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from awq.errors import ConfigError
-from awq.hf import attention
-from awq.hf.decoding import undo_native_blocks, use_native_blocks
-from awq.hf.expert_decoding import undo_native_experts, use_native_experts
-from awq.hf.grouped import undo_grouped, use_grouped
-from awq.hf.norms import undo_native_norms, use_native_norms
+from awq.hf.fused import attention
+from awq.hf.fused.decoding import undo_native_blocks, use_native_blocks
+from awq.hf.fused.expert_decoding import undo_native_experts, use_native_experts
+from awq.hf.fused.grouped import undo_grouped, use_grouped
+from awq.hf.fused.norms import undo_native_norms, use_native_norms
+from awq.hf.fused.room import give_room, undo_give_room
 from awq.hf.placement import is_spread
-from awq.hf.room import give_room, undo_give_room
 from awq.hf.static import StaticGeneration
 from awq.kernels import cpu_native
 from awq.nn import Merge, QuantExperts, QuantLinear, apart_because

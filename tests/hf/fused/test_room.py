@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from awq.hf.room import RoomyLayer, RoomyWindowLayer, give_room, place_for_one, tokens_of, undo_give_room
+from awq.hf.fused.room import (
+    RoomyLayer,
+    RoomyWindowLayer,
+    give_room,
+    place_for_one,
+    tokens_of,
+    undo_give_room,
+)
 
 STEPS = st.lists(
     st.one_of(

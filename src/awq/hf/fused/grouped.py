@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from awq.hf import attention
+from awq.hf.fused import attention
 
 # What the attention is called in transformers' registry.
 NAME = "sdpa_grouped"

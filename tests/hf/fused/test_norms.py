@@ -14,7 +14,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from awq.hf.norms import NativeNorm, Rule, rule_of, undo_native_norms, use_native_norms
+from awq.hf.fused.norms import NativeNorm, Rule, rule_of, undo_native_norms, use_native_norms
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

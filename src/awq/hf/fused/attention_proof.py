@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from awq.errors import KernelError
-from awq.hf.norms import rule_of
-from awq.hf.room import RoomyLayer
+from awq.hf.fused.norms import rule_of
+from awq.hf.fused.room import RoomyLayer
 from awq.kernels.cpu_block import LARGEST_HEAD, Attention, CpuBlock, Norm
 from awq.kernels.cpu_decoding import WIDE
 from awq.kernels.cpu_native import KINDS, CpuNative

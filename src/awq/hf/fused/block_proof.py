@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from awq.hf import attention_proof
-from awq.hf.attention_proof import REFUSALS, agrees, in_dtype, joined, kernel_of, norms_among
-from awq.hf.gates import Rule as GateRule
-from awq.hf.gates import rule_of as gate_rule_of
+from awq.hf.fused import attention_proof
+from awq.hf.fused.attention_proof import REFUSALS, agrees, in_dtype, joined, kernel_of, norms_among
+from awq.hf.fused.gates import Rule as GateRule
+from awq.hf.fused.gates import rule_of as gate_rule_of
 from awq.kernels.cpu_block import Around, Attention, CpuBlock, Norm
 from awq.nn import QuantLinear
 

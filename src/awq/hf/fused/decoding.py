@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, StaticCache, StaticLayer
 
-from awq.hf import attention_proof, block_proof
-from awq.hf.attention import NAME, pays
-from awq.hf.parts import Parts
-from awq.hf.room import place_for_one, tokens_of
+from awq.hf.fused import attention_proof, block_proof
+from awq.hf.fused.attention import NAME, pays
+from awq.hf.fused.parts import Parts
+from awq.hf.fused.room import place_for_one, tokens_of
 from awq.kernels.cpu_block import CpuBlock
 
 # With AVX512, PyTorch's attention to more tokens than this is so much faster that calling its parts pays.

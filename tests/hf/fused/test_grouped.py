@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from rounded import prompt, quantized_pair
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from awq.hf import grouped
 from awq.hf.fuse import fuse, unfuse
+from awq.hf.fused import grouped
+from rounded import prompt, quantized_pair
 
 GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from rounded import prompt, quantized_pair, relative
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from awq.hf import attention, decoding
 from awq.hf.fuse import fuse, unfuse
-from awq.hf.norms import NativeNorm
+from awq.hf.fused import attention, decoding
+from awq.hf.fused.norms import NativeNorm
 from awq.kernels import cpu_native
+from rounded import prompt, quantized_pair, relative
 
 GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
 # Family, sizes, norms that are replaced, and whether its tokens attend by our function.

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from awq.errors import KernelError
-from awq.hf.attention_proof import joined, kernel_of
-from awq.hf.parts import Parts
+from awq.hf.fused.attention_proof import joined, kernel_of
+from awq.hf.fused.parts import Parts
 from awq.kernels.cpu_experts import CpuExperts, Expert
 from awq.kernels.cpu_native import KINDS
 from awq.kernels.cpu_product import ACTIVATIONS

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from moe_sizes import MOE
-from rounded import prompt, quantized_pair, relative
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.models.llama import modeling_llama
 
-from awq.hf import decoding
-from awq.hf.decoding import NativeAttention, NativeBlock
 from awq.hf.fuse import fuse, unfuse
-from awq.hf.room import RoomyLayer
+from awq.hf.fused import decoding
+from awq.hf.fused.decoding import NativeAttention, NativeBlock
+from awq.hf.fused.room import RoomyLayer
 from awq.kernels.cpu_block import CpuBlock
+from moe_sizes import MOE
+from rounded import prompt, quantized_pair, relative
 
 GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from moe_sizes import LATENT, MIXTRAL, MOE
-from rounded import prompt, quantized_pair, relative
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
-from awq.hf.expert_decoding import NativeExperts
 from awq.hf.fuse import fuse, unfuse
+from awq.hf.fused.expert_decoding import NativeExperts
 from awq.kernels.cpu_experts import CpuExperts
+from moe_sizes import LATENT, MIXTRAL, MOE
+from rounded import prompt, quantized_pair, relative
 
 GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
 FOUR = {**MOE, "num_experts": 4}
