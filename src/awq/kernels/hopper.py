@@ -29,7 +29,8 @@ _DEQUANTIZE_WARPS = 8
 
 
 class State(NamedTuple):
-    """A weight as the programs read it.
+    """A weight as the programs read it. They begin to while the launch ahead may still run: no kernel just
+    ahead of a product may write its weight.
 
     blocks: uint8 `[out / 16, in / 128, bytes]`, see `hopper_layout`.
     low: uint8 `[out, groups]`, the lowest four bits of the scales where they are float32; else empty.
