@@ -62,6 +62,7 @@ def page_folder(tmp_path: Path, books6m: Path, monkeypatch: pytest.MonkeyPatch) 
     return tmp_path
 
 
+@pytest.mark.timeout(900)  # a page's commands quantize several times, beside other tests
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if runnable(page.read_text("utf-8"))], ids=lambda page: page.name
