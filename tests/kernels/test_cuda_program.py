@@ -108,17 +108,6 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def nvrtc() -> Any:
-    """The real NVRTC."""
-    module = pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings, which compiles CUDA C++")
-    try:
-        module.nvrtcVersion()
-    except RuntimeError as error:
-        pytest.skip(f"needs NVRTC: {error}")
-    return module
-
-
-@pytest.fixture
 def no_nvrtc(monkeypatch: pytest.MonkeyPatch) -> Any:
     """An NVRTC that knows its version, and which GPUs there are."""
     module = SimpleNamespace(

@@ -5,18 +5,20 @@ What they compute is checked in an emulator (`test_hopper_emulated.py`), and her
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Callable
 from typing import Any
 
+import gpu_spec
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from awq.errors import KernelError
-from awq.kernels import LayerSpec, choose, cuda_program, hopper, operator, triton_int4
+from awq.kernels import choose, cuda_program, hopper, operator, triton_int4
 from awq.kernels.hopper import Hopper, missing
 from awq.kernels.hopper_launch import DENSE_ROWS, Launch, Shape, launch_for, most_tiles
 from awq.kernels.hopper_layout import block_bytes, pack, parts_of
@@ -74,15 +76,7 @@ def test_codes_lie_as_the_threads_of_a_warp_hold_them(group: int) -> None:
         assert torch.equal(found[part], pairs[32:, (128 + part * min(group, 128)) // group])
 
 
-def spec(**changes: object) -> LayerSpec:
-    fields: dict[str, object] = {
-        "device": "cuda",
-        "dtype": torch.float16,
-        "in_features": 256,
-        "out_features": 64,
-        "group_size": 64,
-    }
-    return LayerSpec(**(fields | changes))  # type: ignore[arg-type]
+spec = functools.partial(gpu_spec.spec, out_features=64)
 
 
 @pytest.fixture
@@ -296,13 +290,9 @@ def launches() -> list[Launch]:
     return sorted(found, key=lambda launch: (launch.program, launch.constants))
 
 
+@pytest.mark.usefixtures("nvrtc")
 def test_every_program_is_compiled_without_spilling_or_waiting_for_each_product() -> None:
     """For this no GPU is needed. Programs that spill, or whose products the compiler serializes, are slow."""
-    nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings, which compiles CUDA C++")
-    try:
-        nvrtc.nvrtcVersion()
-    except RuntimeError as error:
-        pytest.skip(f"needs NVRTC: {error}")
     for launch in launches():
         compiled = cuda_program.compile_program(f"{launch.program}.cu", dict(launch.constants), 90)
         spilled = re.search(r"(\d+) bytes spill stores", compiled.log)

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_spec import spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from awq.errors import KernelError
-from awq.kernels import LayerSpec, choose, triton_int4, triton_launch
+from awq.kernels import choose, triton_int4, triton_launch
 from awq.kernels.triton_int4 import TritonInt4
 from awq.kernels.triton_table import DENSE_ROWS, Device, launch_for, most_tiles
 from random_weights import random_weight
@@ -57,17 +58,6 @@ def test_a_weight_is_held_once() -> None:
     """Four bits a code and four bytes a group, counters aside."""
     state = TritonInt4().prepare(random_weight(256, 1024, 128), torch.float16)
     assert sum(part.nbytes for part in (state.words, state.pairs, state.low)) == 256 * (1024 // 2 + 4 * 8)
-
-
-def spec(**changes: object) -> LayerSpec:
-    fields: dict[str, object] = {
-        "device": "cuda",
-        "dtype": torch.float16,
-        "in_features": 256,
-        "out_features": 72,
-        "group_size": 64,
-    }
-    return LayerSpec(**(fields | changes))  # type: ignore[arg-type]
 
 
 @pytest.fixture

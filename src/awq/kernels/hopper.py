@@ -146,14 +146,14 @@ _started: dict[tuple[Any, ...], _Started] = {}
 def _multiply(inputs: Tensor, state: State) -> Tensor:
     """inputs `[rows, in_features]`, contiguous and on the current device, times the weight."""
     blocks, (rows, in_features), dtype, device = state.blocks, inputs.shape, inputs.dtype, inputs.device
+    out_features = blocks.shape[0] * TILE
     key = (rows, blocks.shape, dtype, device)
     started = _started.get(key)
     if started is None:
-        shape = Shape(blocks.shape[0] * TILE, in_features, parts_of(state.group_size))
+        shape = Shape(out_features, in_features, parts_of(state.group_size))
         launch = launch_for(rows, shape, dtype == torch.bfloat16, _processors(device.index))
         started = _Started(_starter(launch, device.index), launch.partial, launch.block_rows)
         _started[key] = started
-    out_features = blocks.shape[0] * TILE
     out = inputs.new_empty(rows, out_features)
     codes, target, measures = blocks.data_ptr(), out.data_ptr(), (rows, out_features, in_features)
     if not started.partial:

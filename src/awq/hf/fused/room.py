@@ -56,25 +56,26 @@ class RoomyLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Add tokens; see there."""
-        if not key_states.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not _may_be_written(key_states):
             out: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
             return out
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        tokens = key_states.shape[-2]
-        self.make_longer(key_states.shape, value_states.shape)
-        self.keys[..., -tokens:, :] = key_states
-        self.values[..., -tokens:, :] = value_states
-        return self.keys, self.values
+        return _written(self._make_longer(key_states.shape, value_states.shape), key_states, value_states)
 
-    def make_longer(self, keys: Sequence[int], values: Sequence[int]) -> None:
-        """Let keys and values have as many tokens more as these shapes have, which the caller writes.
+    @property
+    def moves(self) -> bool:
+        """Whether `place_for_one` can be asked."""
+        return self.is_initialized
 
-        Args:
-            keys, values: `[batch, heads, tokens, head_dim]` of what is to be added.
-        """
+    def place_for_one(self) -> tuple[Tensor, Tensor]:
+        """Keys and values that the next token attends to, itself last, for the caller to write."""
+        return self._make_longer(self.keys[..., -1:, :].shape, self.values[..., -1:, :].shape)
+
+    def _make_longer(self, keys: Sequence[int], values: Sequence[int]) -> tuple[Tensor, Tensor]:
         self.keys = self._rooms.longer("keys", self.keys, keys)
         self.values = self._rooms.longer("values", self.values, values)
+        return self.keys, self.values
 
 
 class RoomyWindowLayer(DynamicSlidingWindowLayer):
@@ -91,14 +92,10 @@ class RoomyWindowLayer(DynamicSlidingWindowLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Add tokens; see there."""
-        apart = torch.is_grad_enabled() or torch.compiler.is_compiling() or not key_states.is_cpu
-        if apart or key_states.shape[-2] != 1 or not self.moves:
+        if not _may_be_written(key_states) or key_states.shape[-2] != 1 or not self.moves:
             out: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
             return out
-        keys, values = self.place_for_one()
-        keys[..., -1:, :] = key_states
-        values[..., -1:, :] = value_states
-        return keys, values
+        return _written(self.place_for_one(), key_states, value_states)
 
     @property
     def moves(self) -> bool:
@@ -107,20 +104,20 @@ class RoomyWindowLayer(DynamicSlidingWindowLayer):
 
     def place_for_one(self) -> tuple[Tensor, Tensor]:
         """Keys and values that the next token attends to, itself last, for the caller to write."""
-        one = slice(-1, None)
-        keys = self._rooms.longer("keys", self.keys, self.keys[..., one, :].shape)
-        values = self._rooms.longer("values", self.values, self.values[..., one, :].shape)
+        keys = self._rooms.longer("keys", self.keys, self.keys[..., -1:, :].shape)
+        values = self._rooms.longer("values", self.values, self.values[..., -1:, :].shape)
         first = max(0, keys.shape[-2] - self.sliding_window + 1)
         self.keys, self.values = keys[..., first:, :], values[..., first:, :]
         self.cumulative_length += 1
         return keys, values
 
 
+_ROOMY = (RoomyLayer, RoomyWindowLayer)
+
+
 def tokens_of(layer: Any) -> int | None:
     """How many tokens a layer of a cache holds; None if `place_for_one` has none in it for one more."""
-    if type(layer) is RoomyLayer and layer.is_initialized:
-        return int(layer.keys.shape[-2])
-    if type(layer) is RoomyWindowLayer and layer.moves:
+    if type(layer) in _ROOMY and layer.moves:
         return int(layer.keys.shape[-2])
     if type(layer) is StaticLayer and layer.is_initialized:
         held = int(layer.cumulative_length)
@@ -135,16 +132,25 @@ def place_for_one(layer: Any, held: int) -> tuple[Tensor, Tensor]:
         layer: one of which `tokens_of` knows.
         held: what that said.
     """
-    if type(layer) is StaticLayer:
-        layer.cumulative_length.add_(1)
-        keys, values = layer.keys, layer.values
-        assert keys is not None and values is not None  # it is initialized
-        return keys.narrow(-2, 0, held + 1), values.narrow(-2, 0, held + 1)
-    if type(layer) is RoomyWindowLayer:
-        return layer.place_for_one()
-    one = slice(-1, None)
-    layer.make_longer(layer.keys[..., one, :].shape, layer.values[..., one, :].shape)
-    return layer.keys, layer.values
+    if type(layer) is not StaticLayer:
+        places: tuple[Tensor, Tensor] = layer.place_for_one()
+        return places
+    layer.cumulative_length.add_(1)
+    keys, values = layer.keys, layer.values
+    assert keys is not None and values is not None  # it is initialized
+    return keys.narrow(-2, 0, held + 1), values.narrow(-2, 0, held + 1)
+
+
+def _may_be_written(states: Tensor) -> bool:
+    """Whether what is held may change in place when these are added."""
+    return states.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _written(places: tuple[Tensor, Tensor], *states: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of which the last tokens are these now."""
+    for place, new in zip(places, states, strict=True):
+        place[..., -new.shape[-2] :, :] = new
+    return places
 
 
 def _start_in(room: Tensor, held: Tensor) -> int | None:

@@ -67,7 +67,6 @@ struct Measures {
     int rows, out_features;
     int across, tiles_of_rows;  // steps of a tile, tiles for the same output channels
 
-
     __device__ int first_channel(int tile) const { return tile / tiles_of_rows * TILE; }
     __device__ int first_row(int tile) const { return (tile % tiles_of_rows) * ROWS; }
 };
@@ -202,7 +201,7 @@ __device__ __forceinline__ void start(Sums& sums, const Operand& operand, u32 x,
     products_commit();
 }
 
-// Results, or sums to be shared: 8 x 8 of them at a time are turned, so that a thread stores neighbours.
+// Results: 8 x 8 of them at a time are turned, so that a thread stores neighbours.
 __device__ __forceinline__ void store(const Measures& m, const Sums& totals, int channel, int first_row, int lane) {
 #pragma unroll
     for (int i = 0; i < ROWS / 8; ++i) {
